@@ -1,0 +1,578 @@
+"""The transformer: Llama, Qwen2 and GPT-2 by hand, with LoRA and REM inside the attention.
+
+One set of weights serves both of DART's pathways. `Transformer.forward(ids, silent=False)` is the ordinary model
+(with LoRA, where there is LoRA): the CoT pathway. `silent=True` also sends the input of every key and value projection
+through REM: the ST pathway. `Transformer.merge()` folds LoRA and REM into the weights, for inference.
+
+Shapes: B rows, T tokens, S cached positions, n hidden size, h query heads, g key/value heads, e head size, L layers,
+V vocabulary, r LoRA rank, d REM rank. Weights have the names, the orientation and the order of a Hugging Face
+checkpoint's tensors; only the names of GPT-2's are spelled as Llama's, and its fused c_attn is cut into three.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+# ---------------------------------------------------------------------------------------------------- configuration
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The architecture, under the field names of a Hugging Face Llama `config.json`.
+
+    `norm_eps` is rms_norm_eps or layer_norm_epsilon; `rope_scaling` is None or Llama-3's dictionary of factors.
+    """
+
+    model_type: str  # 'llama', 'qwen2' (llama with biases on q, k, v) or 'gpt2' (learned positions, LayerNorm, GELU)
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    norm_eps: float = 1e-5
+    tie_word_embeddings: bool = True
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None
+
+    @classmethod
+    def from_pretrained(cls, directory):
+        """Reads `directory/config.json` (Hugging Face format).
+
+        Raises ValueError, naming the field, for a configuration that this code would compute otherwise than its
+        authors meant, and FileNotFoundError where there is no such file.
+        """
+        path = Path(directory) / "config.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file; a model directory holds config.json and model.safetensors")
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+            return (_read_gpt2 if raw.get("model_type") == "gpt2" else _read_llama)(raw)
+        except KeyError as error:
+            raise ValueError(f"{path}: the field {error} is missing") from None
+        except (TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path}: not a model configuration ({error})") from None
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def __post_init__(self):
+        if self.model_type not in ("llama", "qwen2", "gpt2"):
+            raise ValueError(f"model_type {self.model_type!r} is not one of llama, qwen2, gpt2")
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                     "num_key_value_heads", "head_dim", "max_position_embeddings"):  # fmt: skip
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} is {value!r}, not a whole number of at least 1")
+        for name in ("norm_eps", "rope_theta"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value!r}, not a positive number")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                             f"num_key_value_heads {self.num_key_value_heads}")  # fmt: skip
+        if self.model_type != "gpt2" and self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd: rotary embeddings turn pairs")
+
+
+def _expect(raw, **supported):
+    """Refuses a configuration whose field, where it is given, is not what the code computes."""
+    for name, values in supported.items():
+        if name in raw and raw[name] not in values:
+            raise ValueError(f"{name} = {raw[name]!r} is not supported (only {', '.join(map(repr, values))})")
+
+
+def _read_llama(raw):
+    _expect(raw, model_type=("llama", "qwen2"), hidden_act=("silu",), mlp_bias=(False,), quantization_config=(None,),
+            use_sliding_window=(False,), attention_bias=(False,) if raw.get("model_type") == "llama" else (True, False))  # fmt: skip
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type not in ("default", "llama3"):
+        raise ValueError(f"rope type {rope_type!r} is not supported (only 'default', 'llama3')")
+    factors = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    heads = raw["num_attention_heads"]
+    return ModelConfig(
+        model_type=raw["model_type"],
+        vocab_size=raw["vocab_size"],
+        hidden_size=raw["hidden_size"],
+        intermediate_size=raw["intermediate_size"],
+        num_hidden_layers=raw["num_hidden_layers"],
+        num_attention_heads=heads,
+        num_key_value_heads=raw.get("num_key_value_heads", heads),
+        head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+        max_position_embeddings=raw["max_position_embeddings"],
+        norm_eps=raw["rms_norm_eps"],
+        tie_word_embeddings=raw.get("tie_word_embeddings", False),
+        rope_theta=raw.get("rope_theta", rope.get("rope_theta", 10000.0)),
+        rope_scaling={name: float(rope[name]) for name in factors} if rope_type == "llama3" else None,
+    )
+
+
+def _read_gpt2(raw):
+    _expect(raw, activation_function=("gelu_new", "gelu_pytorch_tanh"), scale_attn_weights=(True,),
+            scale_attn_by_inverse_layer_idx=(False,), add_cross_attention=(False,), quantization_config=(None,))  # fmt: skip
+    n, heads = raw["n_embd"], raw["n_head"]
+    if n % heads:
+        raise ValueError(f"n_embd {n} is not a multiple of n_head {heads}")
+    return ModelConfig(
+        model_type="gpt2",
+        vocab_size=raw["vocab_size"],
+        hidden_size=n,
+        intermediate_size=raw.get("n_inner") or 4 * n,
+        num_hidden_layers=raw["n_layer"],
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        head_dim=n // heads,
+        max_position_embeddings=raw["n_positions"],
+        norm_eps=raw["layer_norm_epsilon"],
+        tie_word_embeddings=raw.get("tie_word_embeddings", True),
+    )
+
+
+LLAMA3_ROPE = dict(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192.0)
+
+# fmt: off
+MODELS = {  # model_type, V, n, MLP size, L, h, g, e, positions
+    "llama-3.2-1b": ModelConfig("llama", 128256, 2048, 8192, 16, 32, 8, 64, 131072, 1e-5, True, 5e5, LLAMA3_ROPE),
+    "llama-3.2-3b": ModelConfig("llama", 128256, 3072, 8192, 28, 24, 8, 128, 131072, 1e-5, True, 5e5, LLAMA3_ROPE),
+    "qwen2.5-1.5b": ModelConfig("qwen2", 151936, 1536, 8960, 28, 12, 2, 128, 131072, 1e-6, True, 1e6),
+    "gpt2":         ModelConfig("gpt2", 50257, 768, 3072, 12, 12, 12, 64, 1024, 1e-5, True),
+    "demo":         ModelConfig("llama", 59, 64, 192, 4, 4, 4, 16, 64, 1e-5, False),
+}
+# fmt: on
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """What is added to the base weights. Nothing by default.
+
+    LoRA (Hu et al. 2022) on q, k, v and o freezes the base. REM (Section 3.2) stands before k and v. `extra_rows` are
+    embeddings behind the vocabulary's last, with the ids V, V + 1, ...; frozen at the mean of the table, or trained.
+    """
+
+    lora_rank: int = 0
+    lora_alpha: float = 32.0
+    lora_dropout: float = 0.0
+    rem_rank: int = 0
+    rem_alpha: float = 32.0
+    extra_rows: int = 0
+    train_extra_rows: bool = False
+
+
+# ------------------------------------------------------------------------------------------------------------ layers
+
+
+class Linear(nn.Module):
+    """y = x W^T + b + (alpha/r) x A^T B^T. Weights are cast to x's dtype at use; LoRA's A and B are held in fp32.
+
+    W is [out, in], or [in, out] where `conv1d` (GPT-2's orientation); A is [r, in], B [out, r] and 0 at the start.
+    """
+
+    def __init__(self, n_in, n_out, bias=False, conv1d=False, lora=Adapters(), dtype=None, device=None):
+        super().__init__()
+        self.n_in, self.conv1d, self.rank = n_in, conv1d, lora.lora_rank
+        shape = (n_in, n_out) if conv1d else (n_out, n_in)
+        self.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
+        self.bias = nn.Parameter(torch.zeros(n_out, dtype=dtype, device=device)) if bias else None
+        if self.rank:
+            self.scale = lora.lora_alpha / self.rank
+            self.dropout = nn.Dropout(lora.lora_dropout)
+            self.lora_a = nn.Parameter(_uniform(self.rank, n_in, device))
+            self.lora_b = nn.Parameter(torch.zeros(n_out, self.rank, device=device))
+
+    def forward(self, x):  # [..., in] -> [..., out]
+        weight = self.weight.to(x.dtype)
+        y = F.linear(x, weight.T if self.conv1d else weight, None if self.bias is None else self.bias.to(x.dtype))
+        if self.rank:
+            y = y + self.scale * F.linear(F.linear(self.dropout(x), self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))
+        return y
+
+    def merge(self, rem=None):
+        """W' = (W + (alpha/r) B A) (I + (alpha/d) R2 R1^T), computed in fp32; the bias stays. LoRA is gone after it."""
+        weight = self.weight.T.float() if self.conv1d else self.weight.float()  # [out, in]
+        if self.rank:
+            weight = weight + self.scale * self.lora_b @ self.lora_a
+            del self.lora_a, self.lora_b
+            self.rank = 0
+        if rem is not None:
+            weight = weight + rem.scale * (weight @ rem.r2) @ rem.r1.T
+        self.weight.copy_(weight.T if self.conv1d else weight)
+
+
+class REM(nn.Module):
+    """Reasoning Evolvement Module: x -> x W_R^T with W_R = (alpha/d) R2 R1^T + I (Section 3.2). R1, R2 are [n, d].
+
+    R2 is 0 at the start, so REM starts as the identity.
+    """
+
+    def __init__(self, n, rank, alpha, device=None):
+        super().__init__()
+        self.scale = alpha / rank
+        self.r1 = nn.Parameter(_uniform(rank, n, device).T.contiguous())
+        self.r2 = nn.Parameter(torch.zeros(n, rank, device=device))
+
+    def forward(self, x):  # [..., n] -> [..., n]
+        return x + self.scale * (x @ self.r1.to(x.dtype)) @ self.r2.to(x.dtype).T
+
+
+def _uniform(rows, fan_in, device):  # the initialisation that LoRA's authors use for A
+    return torch.empty(rows, fan_in, device=device).uniform_(-1, 1) / math.sqrt(fan_in)
+
+
+class Norm(nn.Module):
+    """RMSNorm (Llama, Qwen2), or LayerNorm where there is a bias (GPT-2); in fp32."""
+
+    def __init__(self, config, dtype=None, device=None):
+        super().__init__()
+        self.eps = config.norm_eps
+        self.weight = nn.Parameter(torch.ones(config.hidden_size, dtype=dtype, device=device))
+        self.bias = None
+        if config.model_type == "gpt2":
+            self.bias = nn.Parameter(torch.zeros(config.hidden_size, dtype=dtype, device=device))
+
+    def forward(self, x):  # [..., n] -> [..., n]
+        if self.bias is None:
+            y = F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps)
+        else:
+            y = F.layer_norm(x.float(), x.shape[-1:], self.weight.float(), self.bias.float(), self.eps)
+        return y.to(x.dtype)
+
+
+def rope_frequencies(config):
+    """Radians per position of each of the e/2 rotations, fp32 [e/2]; with Llama-3's scaling of the slow ones."""
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    frequencies = 1.0 / config.rope_theta**exponents
+    if config.rope_scaling is None:
+        return frequencies
+    factor, low, high, context = (config.rope_scaling[name] for name in LLAMA3_ROPE)
+    turns = context * frequencies / (2 * math.pi)  # full turns within the context that the model was first trained on
+    keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: fast, stays as it is; 0: slow, `factor` times slower
+    return keep * frequencies + (1 - keep) * frequencies / factor
+
+
+def rotate(x, rope):
+    """Turns the pairs (x_i, x_{i + e/2}) by their position's angles: the split-half order of Hugging Face checkpoints.
+
+    x [B, heads, T, e], rope (cos, sin) each [B or 1, 1, T, e/2] -> [B, heads, T, e], computed in fp32.
+    """
+    cos, sin = rope
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+class KVCache:
+    """Keys and values of every layer for B rows of up to S tokens. Each row has its own positions.
+
+    Rows are padded on the right, so row b's token at position p lies at index p. Whatever a row's padding left behind
+    its last token is overwritten before any query can see it: a query at position p sees the indices 0..p.
+    """
+
+    def __init__(self, config, rows, length, dtype=torch.float32, device=None):
+        shape = (config.num_hidden_layers, rows, length, config.num_key_value_heads, config.head_dim)
+        self.k = torch.zeros(shape, dtype=dtype, device=device)
+        self.v = torch.zeros(shape, dtype=dtype, device=device)
+
+    def update(self, layer, positions, k, v, end):
+        """Writes k, v [B, g, T, e] at positions [B or 1, T]; returns those of 0..end-1 as [B, g, end, e]."""
+        rows = torch.arange(self.k.shape[1], device=k.device)[:, None]
+        self.k[layer][rows, positions] = k.transpose(1, 2)
+        self.v[layer][rows, positions] = v.transpose(1, 2)
+        return self.k[layer, :, :end].transpose(1, 2), self.v[layer, :, :end].transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped keys and values, LoRA on all four projections and REM before k and v."""
+
+    def __init__(self, config, adapters, index, dtype=None, device=None):
+        super().__init__()
+        self.index, self.head_dim = index, config.head_dim
+        n, n_q = config.hidden_size, config.num_attention_heads * config.head_dim
+        n_kv = config.num_key_value_heads * config.head_dim
+        gpt2 = config.model_type == "gpt2"
+        kind = dict(conv1d=gpt2, lora=adapters, dtype=dtype, device=device)
+        bias = config.model_type != "llama"
+        self.q_proj = Linear(n, n_q, bias, **kind)
+        self.k_proj = Linear(n, n_kv, bias, **kind)
+        self.v_proj = Linear(n, n_kv, bias, **kind)
+        self.o_proj = Linear(n_q, n, gpt2, **kind)
+        self.rem_k = self.rem_v = None
+        if adapters.rem_rank:
+            self.rem_k = REM(n, adapters.rem_rank, adapters.rem_alpha, device)
+            self.rem_v = REM(n, adapters.rem_rank, adapters.rem_alpha, device)
+
+    def forward(self, x, silent, rope, cache, positions, end):  # [B, T, n] -> [B, T, n]
+        B, T, _ = x.shape
+        silent = silent and self.rem_k is not None
+        q = self.q_proj(x)
+        k = self.k_proj(self.rem_k(x) if silent else x)
+        v = self.v_proj(self.rem_v(x) if silent else x)
+        q, k, v = (t.view(B, T, -1, self.head_dim).transpose(1, 2) for t in (q, k, v))  # [B, heads, T, e]
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
+        mask = None
+        if cache is not None:
+            k, v = cache.update(self.index, positions, k, v, end)  # [B, g, end, e]
+            if end > T:
+                mask = torch.arange(end, device=x.device) <= positions[:, None, :, None]  # [B or 1, 1, T, end]
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) * up(x)), or down(gelu(up(x))) in GPT-2, whose GELU is the tanh approximation."""
+
+    def __init__(self, config, dtype=None, device=None):
+        super().__init__()
+        n, m, gpt2 = config.hidden_size, config.intermediate_size, config.model_type == "gpt2"
+        kind = dict(bias=gpt2, conv1d=gpt2, dtype=dtype, device=device)
+        self.gate_proj = None if gpt2 else Linear(n, m, **kind)
+        self.up_proj = Linear(n, m, **kind)
+        self.down_proj = Linear(m, n, **kind)
+
+    def forward(self, x):  # [..., n] -> [..., n]
+        if self.gate_proj is None:
+            return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """One decoder layer, pre-norm."""
+
+    def __init__(self, config, adapters, index, dtype=None, device=None):
+        super().__init__()
+        self.input_layernorm = Norm(config, dtype, device)
+        self.self_attn = Attention(config, adapters, index, dtype, device)
+        self.post_attention_layernorm = Norm(config, dtype, device)
+        self.mlp = MLP(config, dtype, device)
+
+    def forward(self, x, *attention):  # [B, T, n] -> [B, T, n]
+        x = x + self.self_attn(self.input_layernorm(x), *attention)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+# ------------------------------------------------------------------------------------------------------- transformer
+
+
+class Transformer(nn.Module):
+    """A decoder-only language model; see the head of this file.
+
+    dtype: that of the base weights and of the computation (`compute_dtype`, where it is to differ: weights that are
+    themselves trained stay in fp32). LoRA and REM are always fp32. The base is frozen where there is LoRA.
+    random_init=False leaves the base weights for the caller to fill.
+    """
+
+    def __init__(self, config, adapters=Adapters(), dtype=torch.float32, device=None, compute_dtype=None,
+                 random_init=True):  # fmt: skip
+        super().__init__()
+        self.config, self.adapters, self.compute_dtype = config, adapters, compute_dtype or dtype
+        self.merged = None  # after merge(): 'silent' or 'plain', the pathway that the weights now are
+        kind = dict(dtype=dtype, device=device)
+        V, n, gpt2 = config.vocab_size, config.hidden_size, config.model_type == "gpt2"
+        self.embed_tokens = nn.Parameter(torch.empty(V, n, **kind))
+        self.embed_positions = nn.Parameter(torch.empty(config.max_position_embeddings, n, **kind)) if gpt2 else None
+        self.layers = nn.ModuleList(Block(config, adapters, i, **kind) for i in range(config.num_hidden_layers))
+        self.norm = Norm(config, **kind)
+        self.lm_head = None if config.tie_word_embeddings else nn.Parameter(torch.empty(V, n, **kind))
+        for name, parameter in self.named_parameters():
+            if adapters.lora_rank and not name.endswith(("lora_a", "lora_b", "r1", "r2")):
+                parameter.requires_grad_(False)
+        self.extra_rows = None
+        if adapters.extra_rows:
+            rows = torch.zeros(adapters.extra_rows, n, device=device)
+            self.extra_rows = nn.Parameter(rows, requires_grad=adapters.train_extra_rows)
+        self.frequencies = None if gpt2 else rope_frequencies(config).to(device or "cpu")
+        if random_init:
+            self.init_weights()
+
+    @classmethod
+    def from_pretrained(cls, directory, adapters=Adapters(), dtype=torch.float32, device=None, compute_dtype=None):
+        """The model of a Hugging Face directory: config.json and model.safetensors.
+
+        Raises FileNotFoundError or ValueError, naming the file and the field or tensor.
+        """
+        config = ModelConfig.from_pretrained(directory)
+        model = cls(config, adapters, dtype, device, compute_dtype, random_init=False)
+        _load_base(model, Path(directory) / "model.safetensors")
+        model.init_extra_rows()
+        return model
+
+    @torch.no_grad()
+    def init_weights(self):
+        """Random base weights: N(0, 1/fan_in), the projections back into the residual stream by 1/sqrt(2L) smaller."""
+        for name, module in self.named_modules():
+            if isinstance(module, Linear):
+                std = 1 / math.sqrt(module.n_in)
+                if name.endswith(("o_proj", "down_proj")):
+                    std /= math.sqrt(2 * len(self.layers))
+                module.weight.normal_(0, std)
+        for table in (self.embed_tokens, self.embed_positions, self.lm_head):
+            if table is not None:
+                table.normal_(0, 1 / math.sqrt(self.config.hidden_size))
+        self.init_extra_rows()
+
+    @torch.no_grad()
+    def init_extra_rows(self):
+        if self.extra_rows is not None:
+            self.extra_rows.copy_(self.embed_tokens.float().mean(0).expand_as(self.extra_rows))
+
+    def embed(self, ids, positions):  # [B, T], [B or 1, T] -> [B, T, n]
+        x = F.embedding(ids.clamp(max=self.config.vocab_size - 1), self.embed_tokens)
+        if self.extra_rows is not None:
+            extra = F.embedding((ids - self.config.vocab_size).clamp(min=0), self.extra_rows).to(x.dtype)
+            x = torch.where((ids >= self.config.vocab_size)[..., None], extra, x)
+        if self.embed_positions is not None:
+            x = x + F.embedding(positions, self.embed_positions)
+        return x.to(self.compute_dtype)
+
+    def forward(self, ids, silent=False, positions=None, cache=None, at=None):
+        """ids [B, T] -> hidden states after the final norm [B, T, n].
+
+        silent: the ST pathway (REM on).
+        positions [B, T]: each token's position in its row, for decoding with a cache; 0..T-1 where None.
+        cache: a KVCache, to be written and read.
+        at [B] or [B, P]: indices within the rows; then also returns the output of every decoder layer there, before
+        the final norm: (hidden, states [L, B, n] or [L, B, P, n]). Nothing else of the layers is kept.
+        """
+        B, T = ids.shape
+        if positions is None:
+            positions = torch.arange(T, device=ids.device)[None]  # [1, T]
+            end = T
+        else:
+            end = int(positions.max()) + 1
+        if end > self.config.max_position_embeddings:
+            raise ValueError(f"a row of {end} tokens, but the model has {self.config.max_position_embeddings} positions")
+        rope = None
+        if self.frequencies is not None:
+            self.frequencies = self.frequencies.to(ids.device)
+            angles = positions[:, None, :, None] * self.frequencies  # [B or 1, 1, T, e/2]
+            rope = angles.cos(), angles.sin()
+        x = self.embed(ids, positions)
+        states = []
+        for layer in self.layers:
+            x = layer(x, silent, rope, cache, positions, end)
+            if at is not None:
+                rows = torch.arange(B, device=ids.device).view(B, *[1] * (at.dim() - 1))
+                states.append(x[rows, at])
+        hidden = self.norm(x)
+        return hidden if at is None else (hidden, torch.stack(states))
+
+    def logits(self, hidden):  # [..., n] -> [..., V]
+        """Scores of the V tokens of the vocabulary; an extra row is only ever read, never predicted."""
+        head = self.embed_tokens if self.lm_head is None else self.lm_head
+        return F.linear(hidden, head.to(hidden.dtype))
+
+    @torch.no_grad()
+    def merge(self, silent=True):
+        """Folds LoRA and (silent) REM into the weights: after it the model is an ordinary one of its family, in
+        `compute_dtype`, and does what the pathway did. A second call changes nothing. Returns the model.
+
+        Raises ValueError where the weights are already those of the other pathway.
+        """
+        pathway = "silent" if silent else "plain"
+        if self.merged not in (None, pathway):
+            raise ValueError(f"the weights were merged for the {self.merged} pathway; load them again for the other")
+        for layer in self.layers:
+            attention = layer.self_attn
+            attention.q_proj.merge()
+            attention.k_proj.merge(attention.rem_k if silent else None)
+            attention.v_proj.merge(attention.rem_v if silent else None)
+            attention.o_proj.merge()
+            attention.rem_k = attention.rem_v = None
+        self.merged = pathway
+        return self.to(self.compute_dtype).requires_grad_(False)
+
+    def adapter_state(self, complete=False):
+        """What a run must keep, name -> tensor: all that is trained, and the extra rows; complete: the frozen rest, too,
+        where it can be had from nowhere else."""
+        return {name: p.detach() for name, p in self.named_parameters() if complete or p.requires_grad or name == "extra_rows"}
+
+    def load_adapter_state(self, path, complete=False):
+        """Reads a safetensors file of `adapter_state`. Raises ValueError for a missing, extra or mis-shaped tensor."""
+        own = self.adapter_state(complete)
+        with _open_safetensors(path) as file:
+            if set(file.keys()) != set(own):
+                odd = sorted(set(file.keys()) ^ set(own))
+                raise ValueError(f"{path}: {odd[0]} and {len(odd) - 1} other tensors are on one side only: the file is "
+                                 f"of a model with other adapters")  # fmt: skip
+            for name, tensor in own.items():
+                _copy(tensor, file, name, path)
+
+
+# ----------------------------------------------------------------------------------------------------------- loading
+
+
+GPT2_NAMES = {"wte": "embed_tokens", "wpe": "embed_positions", "h": "layers", "ln_1": "input_layernorm",
+              "ln_2": "post_attention_layernorm", "attn": "self_attn", "c_fc": "up_proj", "ln_f": "norm"}  # fmt: skip
+
+
+def _checkpoint_names(model):
+    """For each base parameter: its name in a Hugging Face checkpoint, without the model's prefix, and which third of
+    GPT-2's c_attn it is (None elsewhere)."""
+    gpt2 = {ours: theirs for theirs, ours in GPT2_NAMES.items()}
+    for name, parameter in model.named_parameters():
+        parts, third = name.split("."), None
+        if parts[-1] in ("lora_a", "lora_b", "r1", "r2", "extra_rows"):
+            continue
+        if parts[-1] in ("embed_tokens", "embed_positions", "lm_head"):
+            parts.append("weight")
+        if model.config.model_type == "gpt2":
+            if parts[-2] in ("q_proj", "k_proj", "v_proj"):
+                third = "qkv".index(parts[-2][0])
+                parts[-2] = "c_attn"
+            parts = ["c_proj" if part in ("o_proj", "down_proj") else gpt2.get(part, part) for part in parts]
+        yield ".".join(parts), parameter, third
+
+
+def _open_safetensors(path):
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
+
+
+@torch.no_grad()
+def _copy(parameter, file, name, path, third=None):
+    """parameter <- the file's tensor (or that third of its last dimension), read straight from the mapped file."""
+    part = file.get_slice(name)
+    shape = list(part.get_shape())
+    want = list(parameter.shape)
+    if third is not None:
+        want[-1] *= 3
+    if shape != want:
+        raise ValueError(f"{path}: {name} has the shape {shape}, the configuration asks for {want}")
+    if third is not None:
+        size = parameter.shape[-1]
+        part = part[..., third * size : (third + 1) * size]
+    else:
+        part = part[:]
+    if not part.is_floating_point():
+        raise ValueError(f"{path}: {name} is {part.dtype}, not a floating-point tensor")
+    parameter.copy_(part)
+
+
+def _load_base(model, path):
+    """Fills the base weights from a safetensors file; every tensor in it is used, or known to say nothing new."""
+    with _open_safetensors(path) as file:
+        prefix = "transformer." if model.config.model_type == "gpt2" else "model."
+        stored = {name.removeprefix(prefix): name for name in file.keys()}
+        used = set()
+        for name, parameter, third in _checkpoint_names(model):
+            if name not in stored:
+                raise ValueError(f"{path}: the tensor {prefix}{name} is missing")
+            _copy(parameter, file, stored[name], path, third)
+            used.add(name)
+        ignorable = [".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq"]  # causal masks, rope: computed here
+        if model.config.tie_word_embeddings:
+            ignorable.append("lm_head.weight")
+        extra = [stored[name] for name in stored if name not in used and not name.endswith(tuple(ignorable))]
+        if extra:
+            raise ValueError(f"{path}: the tensor {extra[0]} has no place in this model")
