@@ -318,23 +318,26 @@ def collate(rows, pad_id):
     return Batch(*map(torch.from_numpy, arrays))
 
 
-WINDOW = 32  # global batches; rows are sorted by length within a window
+WINDOW, GROUP = 256, 16  # in global batches: rows are sorted by length within a window, and again within a group
 
 
 def epoch_batches(lengths, batch_size, seed, epoch):
     """The global batches of one epoch: a list of index arrays [batch_size], a pure function of the arguments.
 
-    The problems are shuffled, sorted by length within windows of WINDOW batches, cut into batches, and the batches
-    shuffled: rows of a batch have about one length, so that little is padding. What does not fill a batch waits for
-    another epoch's shuffle. lengths: [N].
+    lengths [N, P]: the tokens of each problem in each of P pathways. The problems are shuffled, windows of WINDOW batches
+    sorted by their length in the last pathway, groups of GROUP batches therein by that in the first, cut into batches,
+    and the batches shuffled: the rows of a batch are of about one length in every pathway, so that little is padding.
+    What does not fill a batch waits for another epoch's shuffle.
     """
     rng = np.random.default_rng((seed, epoch))
     lengths = np.asarray(lengths)
     order = rng.permutation(len(lengths))[: len(lengths) // batch_size * batch_size]
     batches = []
     for window in np.split(order, range(WINDOW * batch_size, len(order), WINDOW * batch_size)):
-        window = window[np.argsort(lengths[window], kind="stable")]
-        batches += np.split(window, len(window) // batch_size)
+        window = window[np.argsort(lengths[window, -1], kind="stable")]
+        for group in np.split(window, range(GROUP * batch_size, len(window), GROUP * batch_size)):
+            group = group[np.argsort(lengths[group, 0], kind="stable")]
+            batches += np.split(group, len(group) // batch_size)
     return [batches[i] for i in rng.permutation(len(batches))]
 
 

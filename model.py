@@ -567,7 +567,7 @@ def _load_base(model, path):
         used = set()
         for name, parameter, third in _checkpoint_names(model):
             if name not in stored:
-                raise ValueError(f"{path}: the tensor {prefix}{name} is missing")
+                raise ValueError(f"{path}: the tensor {'' if name == 'lm_head.weight' else prefix}{name} is missing")
             _copy(parameter, file, stored[name], path, third)
             used.add(name)
         ignorable = [".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq"]  # causal masks, rope: computed here

@@ -314,7 +314,7 @@ class Run:
     complete: bool  # the run's files hold all weights
     optimizer: torch.optim.Optimizer
     rows: dict  # pathway -> list of Row, one for each training problem
-    lengths: np.ndarray  # [N] tokens of each problem, over all pathways
+    lengths: np.ndarray  # [N, P] tokens of each problem in each pathway
     valid: list
     start: int
     steps: int
@@ -325,13 +325,13 @@ def prepare(options, device):
     train, valid = (data.load(options.data, split, options.seed) for split in ("train", "valid"))
     method, complete = build(options, device)
     rows = {name: [pathway.row(problem, method.tokenizer) for problem in train] for name, pathway in method.pathways.items()}
-    longest = max(len(row.ids) for some in rows.values() for row in some)
+    lengths = np.array([[len(row.ids) for row in some] for some in rows.values()]).T
+    longest = lengths.max()
     if longest > method.model.config.max_position_embeddings:
         raise ValueError(f"--data {options.data}: a row of {longest} tokens, but the model has "
                          f"{method.model.config.max_position_embeddings} positions")  # fmt: skip
     if len(train) < options.batch_size:
         raise ValueError(f"--batch_size {options.batch_size}: there are only {len(train)} problems to train on")
-    lengths = np.array([sum(len(row.ids) for row in some) for some in zip(*rows.values(), strict=True)])
     steps = options.steps or options.epochs * (len(train) // options.batch_size)
     optimizer = make_optimizer(method.model, options)
     start = load_checkpoint(Path(options.out), method, optimizer) if options.resume else 0

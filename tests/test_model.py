@@ -1,0 +1,398 @@
+"""model.py: parity with Hugging Face transformers, REM, LoRA, merging, the KV cache, loading. CPU, no network."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from model import MODELS, Adapters, KVCache, ModelConfig, Transformer, rope_frequencies
+
+FIXTURES = Path(__file__).parent / "fixtures"
+FAMILIES = ("llama", "qwen2", "gpt2")
+ADAPTERS = Adapters(lora_rank=3, lora_alpha=6, rem_rank=2, rem_alpha=3)
+
+
+def relative(a, b):
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def expected(family):
+    return load_file(FIXTURES / family / "expected.safetensors")
+
+
+def adapted(family, adapters=ADAPTERS, seed=0):
+    """A fixture's model with adapters that are not zero any more."""
+    torch.manual_seed(seed)
+    model = Transformer.from_pretrained(FIXTURES / family, adapters)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith(("lora_b", "r2")):
+                p.normal_(0, 0.1)
+    return model.eval()
+
+
+# ------------------------------------------------------------------------------------- parity with transformers
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_and_every_layer_agree_with_transformers(family):
+    want = expected(family)
+    model = Transformer.from_pretrained(FIXTURES / family)
+    assert want["ids"].shape[1] >= 300
+    with torch.no_grad():
+        hidden, states = model(want["ids"], at=want["positions"][None])
+        logits = model.logits(hidden)[0, want["positions"]]
+    assert relative(logits, want["logits"]) <= 1e-5
+    for ours, theirs in zip(states[:, 0], want["states"], strict=True):
+        assert relative(ours, theirs) <= 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bf16_agrees_within_what_bf16_allows(family):
+    want = expected(family)
+    model = Transformer.from_pretrained(FIXTURES / family, dtype=torch.bfloat16)
+    with torch.no_grad():
+        logits = model.logits(model(want["ids"])).float()[0, want["positions"]]
+    rms = ((logits - want["logits"]).square().mean() / want["logits"].square().mean()).sqrt()
+    assert 1e-4 < rms < 0.03  # 2^-9 a rounding, some tens of roundings on the way; and it really is bf16
+
+
+def test_the_fixture_would_notice_a_missing_rope_scaling():
+    want = expected("llama")
+    model = Transformer.from_pretrained(FIXTURES / "llama")
+    model.frequencies = rope_frequencies(dataclasses.replace(model.config, rope_scaling=None))
+    with torch.no_grad():
+        logits = model.logits(model(want["ids"]))[0, want["positions"]]
+    assert relative(logits, want["logits"]) > 1e-2
+
+
+def test_rope_frequencies_of_llama_3_2():
+    """Fast rotations stay, slow ones are 32 times slower, between them is a ramp (worked out by hand for three)."""
+    frequencies = rope_frequencies(MODELS["llama-3.2-1b"])
+    plain = 500000.0 ** (-torch.arange(0, 64, 2) / 64)
+    assert torch.equal(frequencies[0], torch.tensor(1.0))  # 8192 / (2 pi) = 1304 turns
+    assert frequencies[31] == pytest.approx(plain[31].item() / 32, rel=1e-6)  # 0.004 turns
+    turns = 8192 * plain[16].item() / (2 * torch.pi)  # 1.84: on the ramp from 1 to 4
+    ramp = (turns - 1) / 3
+    assert 0.2 < ramp < 0.4
+    assert frequencies[16] == pytest.approx(plain[16].item() * (ramp + (1 - ramp) / 32), rel=1e-5)
+
+
+# --------------------------------------------------------------------------------------- the paper's own integers
+
+
+def count(model, *endings):
+    return sum(p.numel() for name, p in model.named_parameters() if name.endswith(endings))
+
+
+def test_parameter_counts_of_the_paper():
+    adapters = Adapters(lora_rank=128, rem_rank=128)
+    model = Transformer(MODELS["llama-3.2-1b"], adapters, device="meta", random_init=False)
+    assert count(model, "lora_a", "lora_b") == 27_262_976
+    assert count(model, "r1", "r2") == 16_777_216
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trained == 44_040_192
+    base = sum(p.numel() for p in model.parameters()) - trained
+    assert base == 1_235_814_400
+    untied = base + 128_256 * 2_048  # the paper's 2.86 % and 1.79 % count the head a second time
+    assert f"{100 * trained / (untied + trained):.2f} {100 * 27_262_976 / (untied + 27_262_976):.2f}" == "2.86 1.79"
+
+
+@pytest.mark.parametrize(
+    "name, parameters", [("llama-3.2-3b", 3_212_749_824), ("qwen2.5-1.5b", 1_543_714_304), ("gpt2", 124_439_808)]
+)
+def test_parameter_counts_of_the_other_models(name, parameters):
+    model = Transformer(MODELS[name], device="meta", random_init=False)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+# ------------------------------------------------------------------------------------------------- REM and LoRA
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rem_and_lora_start_as_the_identity(family):
+    ids = expected(family)["ids"][:, :40]
+    base = Transformer.from_pretrained(FIXTURES / family)
+    model = Transformer.from_pretrained(FIXTURES / family, ADAPTERS).eval()
+    with torch.no_grad():
+        assert torch.equal(model(ids), base(ids))
+        assert torch.equal(model(ids, silent=True), base(ids))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rem_changes_the_silent_pathway_only(family):
+    model, ids = adapted(family), expected(family)["ids"][:, :40]
+    with torch.no_grad():
+        before, silent = model(ids), model(ids, silent=True)
+        for name, p in model.named_parameters():
+            if name.endswith(("r1", "r2")):
+                p.normal_()
+        assert torch.equal(model(ids), before)
+        assert relative(model(ids, silent=True), silent) > 1e-3
+
+
+def test_rem_is_the_papers_formula():
+    """W_R = (alpha/d) R2 R1^T + I before W_K (column convention of Section 3.2), against its literal matrix form."""
+    model = adapted("llama")
+    rem, x = model.layers[0].self_attn.rem_k, torch.randn(5, 32)
+    w_r = (3 / 2) * rem.r2 @ rem.r1.T + torch.eye(32)
+    torch.testing.assert_close(rem(x), (w_r @ x.T).T)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_reach_r2_first_and_then_r1(family):
+    model, ids = Transformer.from_pretrained(FIXTURES / family, ADAPTERS), expected(family)["ids"][:, :20]
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    rems = [rem for layer in model.layers for rem in (layer.self_attn.rem_k, layer.self_attn.rem_v)]
+    for r1_moves in (False, True):
+        optimizer.zero_grad()
+        model.logits(model(ids, silent=True)).square().mean().backward()
+        for rem in rems:
+            assert rem.r2.grad.abs().max() > 0
+            assert (rem.r1.grad.abs().max() > 0) == r1_moves
+        optimizer.step()
+
+
+def test_the_plain_pathway_gives_rem_no_gradient_and_lora_freezes_the_base():
+    model = adapted("llama")
+    model(expected("llama")["ids"][:, :20]).square().mean().backward()
+    for name, p in model.named_parameters():
+        is_rem, is_lora = name.endswith(("r1", "r2")), name.endswith(("lora_a", "lora_b"))
+        assert (p.grad is not None) == is_lora, name
+        assert p.requires_grad == (is_rem or is_lora), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("silent", [True, False])
+def test_merged_equals_unmerged_and_merging_twice_changes_nothing(family, silent):
+    model, ids = adapted(family), expected(family)["ids"][:, :300]
+    biases = {name: p.clone() for name, p in model.named_parameters() if name.endswith("bias")}
+    with torch.no_grad():
+        before = model.logits(model(ids, silent=silent))
+        model.merge(silent)
+        assert relative(model.logits(model(ids, silent=silent)), before) <= 1e-5
+        once = {name: p.clone() for name, p in model.named_parameters()}
+        model.merge(silent)
+    base = {name for name, _ in Transformer.from_pretrained(FIXTURES / family).named_parameters()}
+    assert set(once) == base  # an ordinary model of its family: no parameter more
+    assert all(torch.equal(once[name], p) for name, p in model.named_parameters())
+    assert all(torch.equal(biases[name], once[name]) for name in biases)
+    with pytest.raises(ValueError, match="merged for the"):
+        model.merge(not silent)
+
+
+def test_merging_rem_touches_keys_and_values_only():
+    model = adapted("gpt2", Adapters(rem_rank=2))
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    model.merge()
+    changed = {name.split(".")[-2] for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {"k_proj", "v_proj"}
+
+
+def test_adapters_stay_in_fp32_and_small_updates_are_not_lost():
+    model = Transformer.from_pretrained(FIXTURES / "llama", ADAPTERS, dtype=torch.bfloat16)
+    for name, p in model.named_parameters():
+        assert p.dtype == (torch.float32 if name.endswith(("lora_a", "lora_b", "r1", "r2")) else torch.bfloat16), name
+    a = model.layers[0].self_attn.q_proj.lora_a
+    before = a.detach().clone()
+    with torch.no_grad():
+        a += 1e-5
+    assert not torch.equal(a, before) and model(torch.tensor([[1, 2]]), silent=True).dtype == torch.bfloat16
+
+
+# ------------------------------------------------------------------------------------------------------ KV cache
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("silent", [True, False])
+def test_decoding_with_the_cache_equals_decoding_without(family, silent):
+    """Three rows of different lengths, padded on the right: every row continues at its own position."""
+    model, torch_ids = adapted(family), expected(family)["ids"][0]
+    lengths, new = (5, 17, 11), 6
+    rows = [torch_ids[i * 30 : i * 30 + n + new] for i, n in enumerate(lengths)]
+    prompts = torch.zeros(3, max(lengths), dtype=torch.long)
+    for prompt, row, n in zip(prompts, rows, lengths, strict=True):
+        prompt[:n] = row[:n]
+    cache = KVCache(model.config, 3, max(lengths) + new)
+    with torch.no_grad():
+        got = [model(prompts, silent=silent, cache=cache)[range(3), [n - 1 for n in lengths]]]
+        for step in range(new):
+            token = torch.stack([row[n + step] for row, n in zip(rows, lengths, strict=True)])[:, None]
+            position = torch.tensor(lengths)[:, None] + step
+            got.append(model(token, silent=silent, cache=cache, positions=position)[:, 0])
+        for b, (row, n) in enumerate(zip(rows, lengths, strict=True)):
+            want = model(row[None], silent=silent)[0, n - 1 :]
+            assert relative(torch.stack(got)[:, b], want) <= 1e-5
+
+
+def test_several_tokens_at_once_into_the_cache_equal_one_after_the_other():
+    model, ids = adapted("llama"), expected("llama")["ids"][:, :24]
+    cache = KVCache(model.config, 1, 24)
+    with torch.no_grad():
+        model(ids[:, :10], cache=cache)
+        got = model(ids[:, 10:], cache=cache, positions=torch.arange(10, 24)[None])
+        assert relative(got, model(ids)[:, 10:]) <= 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_stands_right_of_a_token_does_not_matter(family):
+    model, ids = adapted(family), expected(family)["ids"][:, :30]
+    other = ids.clone()
+    other[:, 20:] = 7
+    with torch.no_grad():
+        a, b = model(ids, silent=True)[:, :20], model(other, silent=True)[:, :20]
+        assert relative(a, b) <= 1e-6
+        assert relative(a, model(ids[:, :20], silent=True)) <= 1e-5
+
+
+def test_states_at_an_index_are_the_layers_outputs_there():
+    model, ids = adapted("llama"), expected("llama")["ids"][:, :60].view(3, 20)
+    outputs = []
+    for layer in model.layers:
+        layer.register_forward_hook(lambda _, __, out: outputs.append(out))
+    with torch.no_grad():
+        hidden, states = model(ids, silent=True, at=torch.tensor([3, 19, 0]))
+    assert states.shape == (3, 3, 32)
+    for layer, out in enumerate(outputs):
+        for row, index in enumerate((3, 19, 0)):
+            assert torch.equal(states[layer, row], out[row, index])
+    torch.testing.assert_close(model.norm(states[-1]), hidden[range(3), [3, 19, 0]])
+
+
+# ---------------------------------------------------------------------------------------------------- extra rows
+
+
+def test_an_extra_row_is_the_mean_embedding_and_is_never_predicted():
+    model = Transformer.from_pretrained(FIXTURES / "gpt2", Adapters(extra_rows=1, lora_rank=1))
+    torch.testing.assert_close(model.extra_rows[0], model.embed_tokens.mean(0))
+    ids = torch.tensor([[1, 96, 5]])
+    position = torch.arange(3)[None]
+    want = torch.stack([model.embed_tokens[1], model.extra_rows[0], model.embed_tokens[5]]) + model.embed_positions[:3]
+    torch.testing.assert_close(model.embed(ids, position)[0], want)
+    assert model.logits(model(ids)).shape == (1, 3, 96)
+    assert not model.extra_rows.requires_grad and "extra_rows" in model.adapter_state()
+    trained = Transformer.from_pretrained(FIXTURES / "gpt2", Adapters(extra_rows=1, train_extra_rows=True, lora_rank=1))
+    trained(ids).sum().backward()
+    assert trained.extra_rows.grad.abs().max() > 0
+
+
+def test_adapter_state_goes_to_a_file_and_back(tmp_path):
+    model = adapted("qwen2")
+    save_file(model.adapter_state(), tmp_path / "a.safetensors")
+    other = Transformer.from_pretrained(FIXTURES / "qwen2", ADAPTERS)
+    other.load_adapter_state(tmp_path / "a.safetensors")
+    ids = expected("qwen2")["ids"][:, :20]
+    with torch.no_grad():
+        assert torch.equal(other.eval()(ids, silent=True), model(ids, silent=True))
+    with pytest.raises(ValueError, match="other adapters"):
+        Transformer.from_pretrained(FIXTURES / "qwen2", Adapters(lora_rank=3)).load_adapter_state(tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="has the shape"):
+        wide = Transformer.from_pretrained(FIXTURES / "qwen2", dataclasses.replace(ADAPTERS, lora_rank=4))
+        wide.load_adapter_state(tmp_path / "a.safetensors")
+
+
+# ------------------------------------------------------------------------------------------------- configuration
+
+
+def write_config(directory, family, **changes):
+    raw = json.loads((FIXTURES / family / "config.json").read_text()) | changes
+    (directory / "config.json").write_text(json.dumps({k: v for k, v in raw.items() if v != "absent"}))
+    return directory
+
+
+@pytest.mark.parametrize(
+    "family, field, value",
+    [
+        ("llama", "model_type", "mistral"),
+        ("llama", "rope_parameters", {"rope_type": "yarn", "factor": 2.0}),
+        ("llama", "attention_bias", True),
+        ("llama", "mlp_bias", True),
+        ("llama", "hidden_act", "gelu"),
+        ("llama", "quantization_config", {"bits": 4}),
+        ("llama", "hidden_size", "absent"),
+        ("llama", "num_hidden_layers", 0),
+        ("llama", "hidden_size", "32"),
+        ("llama", "num_key_value_heads", 3),
+        ("qwen2", "use_sliding_window", True),
+        ("gpt2", "activation_function", "gelu"),
+        ("gpt2", "scale_attn_by_inverse_layer_idx", True),
+        ("gpt2", "n_embd", 33),
+    ],
+)
+def test_a_configuration_that_would_compute_something_else_is_refused_by_name(tmp_path, family, field, value):
+    with pytest.raises(ValueError, match="rope type" if "rope" in field else field):
+        ModelConfig.from_pretrained(write_config(tmp_path, family, **{field: value}))
+
+
+def test_the_older_spelling_of_rope_in_a_configuration(tmp_path):
+    new = ModelConfig.from_pretrained(FIXTURES / "llama")
+    rope = json.loads((FIXTURES / "llama" / "config.json").read_text())["rope_parameters"]
+    theta = rope.pop("rope_theta")
+    old = write_config(tmp_path, "llama", rope_parameters="absent", rope_theta=theta, rope_scaling=rope)
+    assert ModelConfig.from_pretrained(old) == new
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"model_type": 3}', '{"model_type": "llama"}', "\xff"])
+def test_a_broken_configuration_is_a_value_error_with_its_path(tmp_path, text):
+    (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match="config.json"):
+        ModelConfig.from_pretrained(tmp_path)
+
+
+def test_missing_files_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="config.json"):
+        Transformer.from_pretrained(tmp_path)
+    shutil.copy(FIXTURES / "llama" / "config.json", tmp_path)
+    with pytest.raises(FileNotFoundError, match="model.safetensors"):
+        Transformer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), "layers.1.mlp.up_proj.weight is missing"),
+        (lambda t: t.update({"model.layers.9.extra": torch.zeros(1)}), "layers.9.extra has no place"),
+        (lambda t: t.update({"model.norm.weight": torch.zeros(31)}), "norm.weight has the shape"),
+        (lambda t: t.update({"model.norm.weight": torch.zeros(32, dtype=torch.int32)}), "not a floating-point"),
+        (lambda t: t.pop("lm_head.weight"), "lm_head.weight is missing"),
+    ],
+)
+def test_a_tensor_that_does_not_fit_is_named(tmp_path, change, message):
+    shutil.copy(FIXTURES / "llama" / "config.json", tmp_path)
+    tensors = load_file(FIXTURES / "llama" / "model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=message):
+        Transformer.from_pretrained(tmp_path)
+
+
+def test_a_truncated_file_is_named(tmp_path):
+    shutil.copy(FIXTURES / "llama" / "config.json", tmp_path)
+    whole = (FIXTURES / "llama" / "model.safetensors").read_bytes()
+    for size in (0, 4, 1000, len(whole) - 1):
+        (tmp_path / "model.safetensors").write_bytes(whole[:size])
+        with pytest.raises(ValueError, match="not a whole safetensors file"):
+            Transformer.from_pretrained(tmp_path)
+
+
+def test_gpt2_loads_with_and_without_prefix_and_ignores_the_mask_buffers(tmp_path):
+    shutil.copy(FIXTURES / "gpt2" / "config.json", tmp_path)
+    tensors = load_file(FIXTURES / "gpt2" / "model.safetensors")
+    assert all(name.startswith("transformer.") for name in tensors)
+    bare = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    bare["h.0.attn.bias"] = torch.ones(1, 1, 8, 8)
+    bare["lm_head.weight"] = bare["wte.weight"].clone()
+    save_file(bare, tmp_path / "model.safetensors")
+    ids = expected("gpt2")["ids"][:, :20]
+    with torch.no_grad():
+        assert torch.equal(Transformer.from_pretrained(tmp_path)(ids), Transformer.from_pretrained(FIXTURES / "gpt2")(ids))
+
+
+def test_a_row_longer_than_the_models_positions_is_refused():
+    model = Transformer(dataclasses.replace(MODELS["demo"], max_position_embeddings=8))
+    with pytest.raises(ValueError, match="8 positions"):
+        model(torch.zeros(1, 9, dtype=torch.long))
