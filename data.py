@@ -218,7 +218,14 @@ class Tokenizer:
         return [self.bos_id] * (bos and self.bos_id is not None) + ids + [self.eos_id] * eos
 
     def decode(self, ids):
-        return self.backend.decode(list(ids))
+        """The text of ids. A model may have more embeddings than the tokenizer has ids: such an id reads as U+FFFD."""
+        known = [[]]
+        for i in ids:
+            if i < self.size:
+                known[-1].append(i)
+            else:
+                known.append([])
+        return "\ufffd".join(self.backend.decode(part) for part in known)
 
 
 def demo_tokenizer():

@@ -76,7 +76,7 @@ PRESETS = {
     # The built-in task trains all weights of a tiny model from scratch: there is nothing pretrained to freeze.
     "demo": dict(model="demo", tokenizer="demo", data="demo", random_init=True, compare=("no-cot", "pause"), steps=1200,
                  batch_size=64, lr=3e-3, weight_decay=0.01, beta2=0.98, grad_clip=1.0, dtype="fp32", lora_rank=0,
-                 rem_rank=32, n_st=4, distill_weight=5.0, eval_every=300, max_new_tokens=24, save_every=300),
+                 rem_rank=32, n_st=4, distill_weight=5.0, eval_every=300, max_new_tokens=24, save_every=300, log_every=50),
 }  # fmt: skip
 
 
@@ -357,7 +357,7 @@ def make_micro_batches(run, mine, device):
 def train(run, rank, world, device):
     """The training loop. Leaves the run's files behind; returns what result.json says."""
     options, method, optimizer, out = run.options, run.method, run.optimizer, Path(run.options.out)
-    wrapped = DistributedDataParallel(method, broadcast_buffers=False) if world > 1 else method
+    wrapped = DistributedDataParallel(method) if world > 1 else method
     parameters = [p for p in method.parameters() if p.requires_grad]
     log, meter = Log(out / "log.jsonl", rank, run.start), Meter(run, device)
     eval_every = options.eval_every or len(run.lengths) // options.batch_size
@@ -469,8 +469,10 @@ def main(argv=None):
                 claim(one, describe(one, find_config(one), world))
     runs = [*runs[1:], options]
     for one in runs:
-        if one is not options and (Path(one.out) / "result.json").is_file():
-            continue  # a yardstick that is finished already, in a resumed comparison
+        finished = Path(one.out) / "result.json"
+        if finished.is_file():  # only where a run is resumed
+            result = read_json(finished)
+            continue
         with one_line_errors():
             run = prepare(one, device)
             if rank == 0:
@@ -481,6 +483,7 @@ def main(argv=None):
     if rank == 0 and options.compare:
         conclude(options, runs, result, device)
     if world > 1:
+        dist.barrier()
         dist.destroy_process_group()
 
 

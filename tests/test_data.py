@@ -181,6 +181,11 @@ def test_the_built_in_tokenizer_reads_back_every_problem():
         tokenizer.encode("sam has 3 zebra", bos=True, eos=True)
 
 
+def test_an_id_that_only_the_model_has_is_read_as_unknown(llama3):
+    tokenizer = Tokenizer.from_pretrained(llama3)
+    assert tokenizer.decode([49, tokenizer.size, 50, tokenizer.size + 7]) == "1\ufffd2\ufffd"
+
+
 def test_bos_and_eos_have_no_default():
     with pytest.raises(TypeError):
         data.demo_tokenizer().encode("sam")

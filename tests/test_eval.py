@@ -1,0 +1,107 @@
+"""eval.py: intervals, tables, loading a run, the command line's errors. CPU, no network."""
+
+import json
+
+import pytest
+import torch
+
+import eval as evaluation
+import train
+
+
+@pytest.fixture(scope="module")
+def a_run(tmp_path_factory):
+    """A DART run of two steps on the built-in task."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    train.main(["--compare", "--steps", "2", "--batch_size", "8", "--eval_size", "4", "--device", "cpu", "--out", str(out)])
+    return out
+
+
+@pytest.mark.parametrize(
+    "right, n, low, high",
+    [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (5, 10, 0.2366, 0.7634), (562, 1319, 0.3996, 0.4529), (1, 1, 0.2065, 1.0)],
+)
+def test_wilson_intervals(right, n, low, high):
+    """Values of the closed form in Wilson (1927), worked out independently."""
+    assert evaluation.wilson(right, n) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_figures_of_a_set():
+    records = [{"strict": i < 3, "tolerant": i < 4, "passes": 2 + i % 2} for i in range(10)]
+    figures = evaluation.summary(records, [i / 1000 for i in range(1, 12)])
+    assert (figures["n"], figures["strict"], figures["tolerant"], figures["passes"]) == (10, 0.3, 0.4, 2.5)
+    assert (figures["ms"], figures["ms_p90"]) == (6.0, 10.0)
+    assert "ms" not in evaluation.summary(records, [])
+
+
+def test_markdown_tables():
+    assert evaluation.markdown([{"a": 1, "name": "x"}, {"a": 22, "name": "y"}]) == (
+        "| a  | name |\n|----|------|\n| 1  | x    |\n| 22 | y    |")  # fmt: skip
+
+
+def test_the_merged_run_answers_as_the_trained_one(a_run):
+    method, _ = evaluation.load_run(a_run)
+    ids = torch.tensor([method.pathways["st"].prompt("sam has 7 pens gets 5 packs of 4 ?", method.tokenizer)])
+    with torch.no_grad():
+        for name, silent in (("st", True), ("cot", False)):
+            model = evaluation.merged(method, name)
+            torch.testing.assert_close(model(ids, silent=silent), method.model(ids, silent=silent), rtol=1e-4, atol=1e-5)
+    assert method.model.merged is None  # the copy was merged, not the model
+
+
+def test_latency_times_each_question_once_after_a_warm_up(a_run, monkeypatch):
+    method, _ = evaluation.load_run(a_run)
+    calls = []
+    monkeypatch.setattr(evaluation.dart, "generate", lambda model, prompts, *_: calls.append(prompts))
+    pathway, questions = method.pathways["st"], ["sam has 7 pens ?"] * 9
+    seconds = evaluation.latency(method.model, method.tokenizer, pathway, questions, 8)
+    assert len(seconds) == 9 and len(calls) == 9 + 5 and all(len(prompts) == 1 for prompts in calls)
+    assert evaluation.latency(method.model, method.tokenizer, pathway, [], 8) == []
+
+
+def test_another_data_file_and_a_limit(a_run, tmp_path, capsys):
+    path = tmp_path / "mine.txt"
+    path.write_text("sam has 7 pens gets 5 packs of 4 ?||<<7+5=12>> <<12%4=0>> #### 0\n" * 5)
+    evaluation.main(["--ckpt", str(a_run), "--data", str(path), "demo", "--limit", "3", "--latency", "0",
+                     "--json", str(tmp_path / "e.json")])  # fmt: skip
+    rows = json.loads((tmp_path / "e.json").read_text())
+    assert [(row["data"], row["n"]) for row in rows] == [(str(path), 3), ("demo", 3)]
+    assert "speedup_over_cot" not in rows[0] and rows[0]["strict"] in (0.0, 1.0)
+    assert capsys.readouterr().out.count("\n") == 4
+
+
+def broken(name, content):
+    """A copy of a run with one file replaced (None: left out)."""
+    def make(a_run, tmp_path):
+        for path in a_run.iterdir():
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+        (tmp_path / name).unlink()
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        return ["--ckpt", str(tmp_path)]
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (lambda run, tmp: [], "--ckpt DIR is missing"),
+        (lambda run, tmp: ["--ckpt", "/nowhere"], "/nowhere: not a run"),
+        (lambda run, tmp: ["--ckpt", str(run), "--pathway", "no-cot"], "--pathway no-cot: dart has cot and st"),
+        (lambda run, tmp: ["--ckpt", str(run), "--data", "/nowhere.txt"], "/nowhere.txt: no such data file"),
+        (lambda run, tmp: ["--ckpt", str(run), "--split", "dev"], "invalid choice: 'dev'"),
+        (lambda run, tmp: ["--ckpt", str(run), "--json", str(tmp / "no" / "dir.json"), "--limit", "1"], "dir.json"),
+        (broken("config.json", b"{"), "config.json: not JSON"),
+        (broken("config.json", b"{}"), "config.json: not the configuration of a run"),
+        (broken("config.json", b"[]"), "config.json: not the configuration of a run"),
+        (broken("adapter.safetensors", None), "adapter.safetensors"),
+        (broken("adapter.safetensors", b"\x00" * 100), "not a whole safetensors file"),
+        (broken("words.json", None), "no tokenizer"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(a_run, tmp_path, capsys, arguments, message):
+    with pytest.raises(SystemExit) as stop:
+        evaluation.main([*arguments(a_run, tmp_path), "--latency", "0"])
+    captured = capsys.readouterr()
+    assert stop.value.code == 2 and message in captured.err and captured.err.count("\n") == 1

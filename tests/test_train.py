@@ -1,0 +1,306 @@
+"""train.py: options, run directories, resuming, accumulation and several processes. CPU, no network; the larger part runs
+inside this process, what needs torchrun in others."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import data
+import dart
+import eval as evaluation
+import train
+
+ROOT = Path(__file__).parent.parent
+FIXTURES = ROOT / "tests" / "fixtures"
+QUICK = ["--compare", "--steps", "6", "--batch_size", "16", "--log_every", "1", "--eval_every", "3", "--eval_size", "8",
+         "--save_every", "3", "--device", "cpu"]  # fmt: skip
+
+
+def run(out, *more):
+    train.main([*QUICK, "--out", str(out), *more])
+    return log(out)
+
+
+def log(out):
+    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+
+
+def losses(records):
+    return [{k: r[k] for k in ("cot", "st", "distill", "no-cot", "pause") if k in r} for r in records]
+
+
+@pytest.fixture
+def adapters_run():
+    """Options of a LoRA + REM run from a Hugging Face directory, on the built-in problems."""
+    return ["--preset", "llama-3.2-1b", "--model", str(FIXTURES / "llama"), "--tokenizer", "demo", "--data", "demo",
+            "--lora_rank", "4", "--rem_rank", "4", "--n_st", "2", "--max_new_tokens", "8", "--dtype", "fp32"]  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ a whole run
+
+
+def test_a_comparison_from_the_command_line(tmp_path):
+    """What `python train.py` does, for a few steps: the yardsticks, DART, the table; then eval.py on what it left."""
+    out = tmp_path / "run"
+    command = [sys.executable, "train.py", *QUICK, "--compare", "no-cot", "pause", "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "<st> <st> <st> <st> Answer : " in done.stdout and "1/9 1/9" in done.stdout  # the first batch's picture
+    table = (out / "table.md").read_text()
+    assert table in done.stdout and "Guessing a remainder" in table
+    result = json.loads((out / "result.json").read_text())
+    assert [(r["method"], r["pathway"], r["n"]) for r in result["table"]] == [
+        ("no-cot", "no-cot", 500), ("pause", "pause", 500), ("dart", "st", 500), ("dart", "cot", 500)]  # fmt: skip
+    names = {"config.json", "adapter.safetensors", "trainer.safetensors", "log.jsonl", "result.json", "words.json"}
+    assert {p.name for p in out.iterdir()} == names | {"table.md", "no-cot", "pause"}
+    assert {p.name for p in (out / "pause").iterdir()} == names
+    records = log(out)
+    assert [r["step"] for r in records if "cot" in r] == [1, 2, 3, 4, 5, 6]
+    assert [r["step"] for r in records if "valid" in r] == [3, 6]
+
+    command = [sys.executable, "eval.py", "--ckpt", str(out), "--pathway", "st", "cot", "--latency", "3",
+               "--json", str(tmp_path / "e.json"), "--examples", str(tmp_path / "e.jsonl")]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    again = {r["pathway"]: r for r in json.loads((tmp_path / "e.json").read_text())}
+    for row in result["table"][2:]:
+        assert again[row["pathway"]]["strict"] == row["strict"] and again[row["pathway"]]["passes"] == row["passes"]
+    assert again["cot"]["speedup_over_cot"] == 1.0 and f"{100 * again['st']['strict']:.1f} (" in done.stdout
+    examples = [json.loads(line) for line in (tmp_path / "e.jsonl").read_text().splitlines()]
+    assert len(examples) == 1000 and sum(e["strict"] for e in examples if e["pathway"] == "st") == 500 * again["st"]["strict"]
+
+
+def test_losses_fall_on_every_method(tmp_path):
+    for method in dart.METHODS:
+        records = run(tmp_path / method, "--method", method, "--steps", "30", "--eval_every", "30")
+        for name in losses(records)[0]:
+            if name != "distill":
+                assert records[29][name] < 0.75 * records[0][name], (method, name)
+
+
+def test_lora_and_rem_from_a_hugging_face_directory(tmp_path, adapters_run):
+    records = run(tmp_path / "run", *adapters_run, "--steps", "25", "--lr", "1e-2")
+    assert np.mean([r["cot"] + r["st"] for r in records[-6:] if "cot" in r]) < 0.8 * (records[0]["cot"] + records[0]["st"])
+    saved = load_file(tmp_path / "run" / "adapter.safetensors")
+    assert {name.rpartition(".")[2] for name in saved} == {"lora_a", "lora_b", "r1", "r2"}
+    assert len(saved) == 3 * (4 * 2 + 2 * 2) and all(tensor.dtype == torch.float32 for tensor in saved.values())
+    method, options = evaluation.load_run(tmp_path / "run")
+    base = load_file(FIXTURES / "llama" / "model.safetensors")
+    assert torch.equal(method.model.layers[1].mlp.up_proj.weight, base["model.layers.1.mlp.up_proj.weight"])
+    valid = data.load("demo", "valid", 0)[:8]
+    found = dart.evaluate(method.model, method.tokenizer, method.pathways["st"], valid, options.max_new_tokens)
+    assert sum(r["tolerant"] for r in found) / 8 == records[-1]["valid"]["st"]
+
+
+def test_bf16_holds_the_frozen_base_in_bf16_and_what_is_trained_in_fp32(tmp_path, adapters_run):
+    run(tmp_path / "lora", *adapters_run, "--dtype", "bf16")
+    run(tmp_path / "all", "--dtype", "bf16")
+    for name, base in (("lora", torch.bfloat16), ("all", torch.float32)):
+        method, _ = evaluation.load_run(tmp_path / name)
+        assert method.model.compute_dtype == torch.bfloat16 and method.model.embed_tokens.dtype == base
+        trained = load_file(tmp_path / name / "trainer.safetensors")
+        assert all(tensor.dtype == torch.float32 for tensor in trained.values())
+
+
+# ---------------------------------------------------------------------- same result whatever the layout of a step
+
+
+def torchrun(processes, *arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0",
+               "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", "train.py", *QUICK, *arguments]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.mark.parametrize("attached", [[], ["--attach_teacher"]])
+def test_two_processes_equal_one_and_one_with_accumulation(tmp_path, attached):
+    """The same global batches: 20 steps' losses to 1e-5, and every validation problem counted once (8 % 2 and 7 % 2)."""
+    same = ["--steps", "20", "--lr", "1e-3", "--eval_every", "10", "--eval_size", "7", "--seed", "3", *attached]
+    one = run(tmp_path / "one", *same)
+    torchrun(2, *same, "--out", str(tmp_path / "two"))
+    accumulated = run(tmp_path / "accumulated", *same, "--micro_batch_size", "3")
+    two = log(tmp_path / "two")
+    for other in (two, accumulated):
+        assert len(one) == len(other) and other[0]["grad_norm"] == pytest.approx(one[0]["grad_norm"], rel=1e-5)
+        for a, b in zip(losses(one), losses(other), strict=True):
+            assert a == pytest.approx(b, rel=1e-5)
+        assert [r["valid"] for r in one if "valid" in r] == [r["valid"] for r in other if "valid" in r]
+
+
+def test_the_comparison_runs_on_two_processes(tmp_path):
+    done = torchrun(2, "--steps", "2", "--compare", "no-cot", "--out", str(tmp_path / "run"))
+    assert done.stdout.count("Guessing a remainder") == 1 and done.stdout.count("step 2/2") == 2  # rank 0 alone speaks
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["processes"] == 2
+
+
+# ------------------------------------------------------------------------------------------------------ resuming
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(tmp_path, monkeypatch, dtype):
+    """With dropout, so that random numbers matter; stopped right after the checkpoint of step 3, and once more after
+    step 5, of which nothing was saved."""
+    options = ["--dtype", dtype, "--lora_rank", "4", "--lora_dropout", "0.3"]
+    whole = run(tmp_path / "whole", *options)
+    for stop in (3, 5):
+        def interrupted(*arguments, original=train.learning_rate, stop=stop):
+            if arguments[1] == stop:
+                raise KeyboardInterrupt
+            return original(*arguments)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(train, "learning_rate", interrupted)
+            run(tmp_path / "cut", *options, *(["--resume"] if stop == 5 else []))
+    resumed = run(tmp_path / "cut", *options, "--resume")
+    assert losses(resumed) == losses(whole)
+    assert [r.get("grad_norm") for r in resumed] == [r.get("grad_norm") for r in whole]
+    assert [r["step"] for r in resumed] == [r["step"] for r in whole]
+    for name in ("adapter.safetensors", "trainer.safetensors"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path):
+    run(tmp_path / "run", "--compare", "no-cot")
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*.safetensors")}
+    run(tmp_path / "run", "--compare", "no-cot", "--resume")
+    assert len(log(tmp_path / "run")) == 8 and before == {p: p.read_bytes() for p in before}
+
+
+def test_a_resumption_with_other_options_is_refused_with_their_names(tmp_path, capsys):
+    run(tmp_path / "run")
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path / "run", "--resume", "--lr", "1e-4", "--seed", "9")
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert "--lr 0.003 (now 0.0001)" in message and "--seed 0 (now 9)" in message
+
+
+def test_a_broken_checkpoint_is_named(tmp_path, capsys):
+    run(tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()
+    path = tmp_path / "run" / "trainer.safetensors"
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path / "run", "--resume")
+    assert stop.value.code == 2 and "trainer.safetensors: not a whole checkpoint" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------ run directories
+
+
+def test_a_directory_that_holds_something_is_left_alone(tmp_path, capsys):
+    run(tmp_path / "run")
+    before = {p: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path / "run")
+    assert stop.value.code == 2 and "--resume continues it, --overwrite replaces it" in capsys.readouterr().err
+    assert before == {p: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("years of work")
+    for more in ([], ["--overwrite"], ["--resume"]):
+        with pytest.raises(SystemExit):
+            run(tmp_path / "other", *more)
+    assert [p.name for p in (tmp_path / "other").iterdir()] == ["thesis.tex"]
+
+
+def test_overwriting_replaces_the_run_and_nothing_else(tmp_path):
+    run(tmp_path / "run", "--steps", "6")
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    records = run(tmp_path / "run", "--steps", "3", "--overwrite")
+    assert max(r["step"] for r in records) == 3 and (tmp_path / "run" / "notes.txt").read_text() == "mine"
+
+
+# ------------------------------------------------------------------------------------------------------- options
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--no_such_option"], "unrecognized arguments: --no_such_option"),
+        (["--step", "3"], "--step"),  # no abbreviations
+        (["--lr", "fast"], "invalid float value: 'fast'"),
+        (["--lr", "-1"], "--lr -1.0: not a number of at least 0"),
+        (["--lr", "nan"], "--lr nan"),
+        (["--batch_size", "0"], "--batch_size 0: not a number of at least 1"),
+        (["--method", "magic"], "invalid choice: 'magic'"),
+        (["--preset", "llama-4"], "--preset llama-4: there are llama-3.2-1b"),
+        (["--preset", "gpt2"], "--model DIR is missing"),
+        (["--preset", "gpt2", "--random_init"], "--data DIR is missing"),
+        (["--preset", "gpt2", "--model", "/nowhere", "--data", "demo"], "/nowhere/config.json: no such file"),
+        (["--preset", "gpt2", "--random_init", "--data", "demo"], "--tokenizer DIR is missing"),
+        (["--preset", "gpt2", "--random_init", "--data", "/nowhere"], "--data /nowhere: not a directory"),
+        (["--model", "/nowhere"], "--model goes with"),
+        (["--compare", "magic"], "--compare magic: there are dart"),
+        (["--resume", "--overwrite"], "contradict"),
+        (["--batch_size", "1821"], "there are only 1820 problems"),
+        (["--preset", "gpt2", "--model", str(FIXTURES / "gpt2"), "--data", "demo"], "no tokenizer"),
+    ],
+)
+def test_a_wrong_option_is_one_line_and_exit_code_2(tmp_path, capsys, arguments, message):
+    with pytest.raises(SystemExit) as stop:
+        train.main([*arguments, "--device", "cpu", "--out", str(tmp_path / "run")])
+    captured = capsys.readouterr()
+    assert stop.value.code == 2 and message in captured.err
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and not captured.out
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_wrong_data_line_is_one_line_and_exit_code_2(tmp_path, capsys, adapters_run):
+    for split in ("train", "valid"):
+        (tmp_path / f"{split}.txt").write_text("sam has 7 pens ?||<<7+5=12>> #### 0\n" * 20)
+    (tmp_path / "valid.txt").write_text("sam has 7 pens ?||<<7+5=12>> ### 0\n")
+    adapters_run[adapters_run.index("--data") + 1] = str(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path / "run", *adapters_run)
+    assert stop.value.code == 2 and "valid.txt:1: not of the form" in capsys.readouterr().err
+
+
+def test_rows_longer_than_the_model_are_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run(tmp_path / "run", "--n_st", "60")
+    assert "tokens, but the model has 64 positions" in capsys.readouterr().err
+
+
+def test_every_option_is_in_the_help(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and all(f"--{name}" in text for name in train.Options.__dataclass_fields__)
+
+
+# ------------------------------------------------------------------------------------------- schedule, optimizer
+
+
+def test_the_learning_rate_warms_up_and_falls_to_zero():
+    options = train.Options(lr=2.0, warmup=0.1)
+    rates = [train.learning_rate(options, step, 100) for step in range(100)]
+    assert rates[0] == pytest.approx(2 / 11) and rates[:11] == sorted(rates[:11]) and max(rates) == rates[10] == 2.0
+    assert rates[10:] == sorted(rates[10:], reverse=True) and rates[55] == pytest.approx(1.0) and rates[99] < 0.001
+
+
+def test_weight_decay_is_for_matrices_only():
+    options = train.read_options([])
+    method, _ = train.build(options, "cpu")
+    optimizer = train.make_optimizer(method.model, options)
+    decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    named = dict(method.model.named_parameters())
+    assert {name for name, p in named.items() if id(p) not in decayed} == {name for name in named if "norm" in name}
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(named)
+
+
+def test_the_presets_are_the_papers():
+    """Appendix C and Section 3; what the paper leaves open as in the README's table."""
+    for preset, epochs, lr in (("llama-3.2-1b", 10, 8e-4), ("llama-3.2-3b", 10, 5e-4), ("qwen2.5-1.5b", 10, 5e-4),
+                               ("gpt2", 40, 2e-3)):  # fmt: skip
+        o = train.read_options(["--preset", preset, "--model", str(ROOT), "--data", str(ROOT)])
+        assert (o.epochs, o.lr, o.steps) == (epochs, lr, 0)
+        assert (o.method, o.n_st, o.distill_weight, o.attach_teacher, o.last_step) == ("dart", 20, 20.0, False, "auto")
+        assert (o.lora_rank, o.lora_alpha, o.rem_rank, o.rem_alpha, o.warmup, o.dtype) == (128, 32, 128, 32, 0.03, "bf16")
+        assert (o.batch_size, o.weight_decay, o.grad_clip, o.lora_dropout) == (128, 0.1, 2.0, 0.1)
