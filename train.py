@@ -13,6 +13,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -74,9 +75,9 @@ PRESETS = {
     "qwen2.5-1.5b": dict(epochs=10, lr=5e-4),
     "gpt2": dict(epochs=40, lr=2e-3),
     # The built-in task trains all weights of a tiny model from scratch: there is nothing pretrained to freeze.
-    "demo": dict(model="demo", tokenizer="demo", data="demo", random_init=True, compare=("no-cot", "pause"), steps=1200,
-                 batch_size=64, lr=3e-3, weight_decay=0.01, beta2=0.98, grad_clip=1.0, dtype="fp32", lora_rank=0,
-                 rem_rank=32, n_st=4, distill_weight=5.0, eval_every=300, max_new_tokens=24, save_every=300, log_every=50),
+    "demo": dict(model="demo", tokenizer="demo", data="demo", random_init=True, compare=("no-cot", "pause"), steps=1500,
+                 batch_size=64, lr=3e-3, weight_decay=1.0, beta2=0.98, grad_clip=1.0, dtype="fp32", lora_rank=0,
+                 rem_rank=32, n_st=4, distill_weight=5.0, eval_every=500, max_new_tokens=24, save_every=500, log_every=50),
 }  # fmt: skip
 
 
@@ -114,7 +115,9 @@ def start_processes(options):
         if device == "cuda":
             device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+            dist.init_process_group("nccl", device_id=torch.device(device))
+        else:
+            dist.init_process_group("gloo")
         rank, world = dist.get_rank(), dist.get_world_size()
     if options.batch_size % world:
         raise ValueError(f"--batch_size {options.batch_size} is not a multiple of the {world} processes")
@@ -151,10 +154,13 @@ def claim(options, config):
 
 def describe(options, model_config, world):
     """config.json: all that says what this run is."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    commit = None
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no git here, or no repository
+        here = Path(__file__).parent
+        commit = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=here, stderr=subprocess.DEVNULL, text=True).strip()
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
     return {"options": dataclasses.asdict(options), "model_config": dataclasses.asdict(model_config),
-            "versions": versions, "commit": git.stdout.strip() or None, "processes": world}  # fmt: skip
+            "versions": versions, "commit": commit, "processes": world}  # fmt: skip
 
 
 def save_tensors(tensors, path, metadata):
@@ -301,8 +307,11 @@ class Log:
             self.show(text, done)
 
     def show(self, text, done=True):
-        if self.rank == 0:
-            print(f"\r\x1b[K{text}" if self.live else text, end="\n" if done or not self.live else "", flush=True)
+        if self.rank == 0 and not self.live:
+            print(text, flush=True)
+        elif self.rank == 0:  # a line that were wider than the terminal could not be replaced by the next
+            text = text if done else text[: shutil.get_terminal_size().columns - 1]
+            print(f"\r\x1b[K{text}", end="\n" if done else "", flush=True)
 
 
 @dataclass
@@ -379,12 +388,14 @@ def train(run, rank, world, device):
         if step % options.log_every == 0 or last:
             losses = {name: mean_over_processes(loss, world) for name, loss in losses.items()}
             log.write(*meter.record(step, losses, norm.item(), optimizer.param_groups[0]["lr"]))
+        before = time.perf_counter()
         if step % eval_every == 0 or last:
             accuracies = validate(method, run.valid, options, rank, world)
             text = "  ".join(f"{name} {100 * share:.1f} %" for name, share in accuracies.items())
             log.write({"step": step, "valid": accuracies}, f"step {step}  validation: {text}", done=True)
         if (step % options.save_every == 0 or last) and rank == 0:
             save_checkpoint(out, method, optimizer, step, run.complete)
+        meter.began += time.perf_counter() - before  # evaluations and checkpoints are no training time
     result = {"method": options.method, "steps": run.steps, "valid": accuracies, **meter.totals(),
               "trained_parameters": sum(p.numel() for p in parameters)}  # fmt: skip
     if rank == 0:
@@ -438,15 +449,16 @@ def first_rows(method, rows):
 
 def comparison(directories, options, device):
     """The table of several runs on the test split: (rows for people, rows for programs), through each one's pathways."""
-    splits = {split: data.load(options.data, split, options.seed) for split in ("train", "test")}
+    train, test = (data.load(options.data, split, options.seed) for split in ("train", "test"))
+    splits = {"train": train[:500], "test": test}
     rows, figures = [], []
     for directory in directories:
         method, run = load_run(directory, device=device)
         for name, pathway in reversed(method.pathways.items()):
             model, tokenizer = merged(method, name), method.tokenizer
-            found = {split: dart.evaluate(model, tokenizer, pathway, problems[:500], options.max_new_tokens)
+            found = {split: dart.evaluate(model, tokenizer, pathway, problems, options.max_new_tokens)
                      for split, problems in splits.items()}  # fmt: skip
-            seconds = latency(model, tokenizer, pathway, [p.question for p in splits["test"][:50]], options.max_new_tokens)
+            seconds = latency(model, tokenizer, pathway, [p.question for p in test[:50]], options.max_new_tokens)
             row = {"method": run.method, "pathway": name, **summary(found["test"], seconds),
                    "train": summary(found["train"], [])["strict"]}  # fmt: skip
             figures.append(row)
@@ -467,6 +479,8 @@ def main(argv=None):
         for one in runs:
             if rank == 0:
                 claim(one, describe(one, find_config(one), world))
+        if world > 1:
+            dist.barrier()  # the others look at the directories only after rank 0 has claimed them
     runs = [*runs[1:], options]
     for one in runs:
         finished = Path(one.out) / "result.json"

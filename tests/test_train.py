@@ -121,8 +121,9 @@ def torchrun(processes, *arguments):
 
 @pytest.mark.parametrize("attached", [[], ["--attach_teacher"]])
 def test_two_processes_equal_one_and_one_with_accumulation(tmp_path, attached):
-    """The same global batches: 20 steps' losses to 1e-5, and every validation problem counted once (8 % 2 and 7 % 2)."""
-    same = ["--steps", "20", "--lr", "1e-3", "--eval_every", "10", "--eval_size", "7", "--seed", "3", *attached]
+    """The same global batches: 20 steps' losses to 1e-5, and each of 7 validation problems counted once. (The learning
+    rate is small because the L1 loss has a kink: where rounding decides on its side, later steps differ by more.)"""
+    same = ["--steps", "20", "--lr", "3e-4", "--eval_every", "10", "--eval_size", "7", "--seed", "3", *attached]
     one = run(tmp_path / "one", *same)
     torchrun(2, *same, "--out", str(tmp_path / "two"))
     accumulated = run(tmp_path / "accumulated", *same, "--micro_batch_size", "3")
