@@ -28,14 +28,16 @@ from model import Adapters, KVCache
 SEPARATOR = "Answer:"  # z_t..z_N; Y follows without a space, which in Llama 3 would be a token between z_N and Y
 
 
-def option(default, text, **more):
-    """A field of a dataclass of options, with its help text."""
-    return field(default=default, metadata={"help": text, **more})
+def option(default, text, **limits):
+    """A field of a dataclass of options: its help text, and `choices`, or `low` and `high` of a number (low is 0 where it
+    is not given)."""
+    return field(default=default, metadata={"help": text, **limits})
 
 
 @dataclass
 class Options:
-    """The options of a method. The defaults are the paper's (Section 3, Appendix C)."""
+    """The options of a method. The defaults are the paper's (Section 3, Appendix C), and where it says nothing those of
+    the README's table."""
 
     method: str = option("dart", "training method", choices=("dart", "no-cot", "pause", "cot"))
     n_st: int = option(20, "number C of silent tokens (dart, pause)")
@@ -45,7 +47,7 @@ class Options:
     attach_teacher: bool = option(False, "let the distillation loss train the CoT pathway, too")
     lora_rank: int = option(128, "LoRA rank on q, k, v, o; 0: no LoRA, all weights are trained")
     lora_alpha: float = option(32.0, "LoRA is scaled by lora_alpha / lora_rank")
-    lora_dropout: float = option(0.1, "dropout on LoRA's input")
+    lora_dropout: float = option(0.1, "dropout on LoRA's input", high=1)
     rem_rank: int = option(128, "rank d of REM (dart); 0: no REM")
     rem_alpha: float = option(32.0, "REM is scaled by rem_alpha / rem_rank")
 
@@ -156,22 +158,23 @@ class Method(nn.Module):
         self.pathways = self.make_pathways()
 
     def forward(self, name, batch, teacher=None, sigma=None):
-        """One pass through the pathway `name`: ({name of a loss: mean over the B rows}, states at z_N [L, B, n])."""
+        """One pass through the pathway `name`: (losses, states at z_N [L, B, n]). A loss is a mean over the B rows; the
+        cross-entropy goes by the pathway's name, and 'distill' is there where there is a teacher."""
         hidden, states = self.model(batch.ids, silent=self.pathways[name].silent, at=batch.at)
         losses = {name: cross_entropy(self.model, hidden, batch)}
         if teacher is not None:
             losses["distill"] = distill_loss(teacher, states, sigma, self.options.attach_teacher)
         return losses, states
 
-    def passes(self, forward, micro_batches):
+    def passes(self, run_pass, micro_batches):
         """The passes of one optimizer step over this process's micro-batches, a list of {pathway: Batch}.
 
-        Yields {name: loss} for the caller to back-propagate before it asks for the next. `forward` is this module's,
-        with one more argument: sync=True in the step's last pass, where the processes add up their gradients.
+        Yields (micro-batch, {name: loss}) for the caller to back-propagate before it asks for the next. `run_pass` is
+        `forward` with one more argument: sync=True in the step's last pass, where the processes add up their gradients.
         """
         (name,) = self.pathways
         for micro in micro_batches:
-            yield forward(name, micro[name], sync=micro is micro_batches[-1])[0]
+            yield micro, run_pass(name, micro[name], sync=micro is micro_batches[-1])[0]
 
     def total(self, losses):
         """Equation (5)."""
@@ -211,20 +214,20 @@ class DART(Method):
         return {"cot": Pathway(steps=True, drop_last_step=self.options.last_step != "keep"),
                 "st": Pathway(n_fill=self.options.n_st, fill_id=self.fill_id, silent=True)}  # fmt: skip
 
-    def passes(self, forward, micro_batches):
+    def passes(self, run_pass, micro_batches):
         """All CoT passes, sigma over the whole batch, then all ST passes. A detached teacher's graph is gone before the
         ST pathway's is built; an attached one's stays until the ST pass of the same rows."""
         attached, teachers = self.options.attach_teacher, []
         for micro in micro_batches:
-            losses, h = forward("cot", micro["cot"], sync=False)
+            losses, h = run_pass("cot", micro["cot"], sync=False)
             teachers.append((losses, h) if attached else ({}, h.detach()))
             if not attached:
-                yield losses
+                yield micro, losses
         distill = self.options.distill_weight > 0
         sigma = global_std([h for _, h in teachers]) if distill else None
         for micro, (kept, h) in zip(micro_batches, teachers, strict=True):
-            losses, _ = forward("st", micro["st"], h if distill else None, sigma, sync=micro is micro_batches[-1])
-            yield kept | losses
+            losses, _ = run_pass("st", micro["st"], h if distill else None, sigma, sync=micro is micro_batches[-1])
+            yield micro, kept | losses
 
 
 METHODS = {"dart": DART, "no-cot": NoCoT, "pause": Pause, "cot": CoT}

@@ -203,7 +203,7 @@ class Tokenizer:
                 try:
                     return read(files)
                 except (ValueError, KeyError, TypeError, AttributeError) as error:
-                    raise ValueError(f"{directory / names[0]}: {error}") from None
+                    raise ValueError(f"{directory}: {' with '.join(names)}: {error}") from None
         raise FileNotFoundError(f"{directory}: no tokenizer: neither tokenizer.model (Llama 3), nor vocab.json and "
                                 f"merges.txt (GPT-2), nor words.json")  # fmt: skip
 
@@ -265,15 +265,15 @@ def _gpt2(files):
     """vocab.json: token -> id, merges.txt: pairs in the order of their ids; bytes are spelled as printable characters."""
     vocab = json.loads(files["vocab.json"])
     end = "<|endoftext|>"
-    if end not in vocab:
-        raise ValueError(f"there is no {end}: not GPT-2's vocabulary")
+    if end not in vocab or vocab[end] != len(vocab) - 1:
+        raise ValueError(f"{end} is not the last of the ids: not GPT-2's vocabulary")
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     byte_of = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
     ranks = {bytes(byte_of[c] for c in token): i for token, i in vocab.items() if token != end}
     merges = [line.split() for line in files["merges.txt"].decode().splitlines() if line and line[0:2] != "#v"]
-    if sorted(ranks.values()) != list(range(256 + len(merges))):
-        raise ValueError(f"{len(ranks)} tokens do not fit 256 bytes and {len(merges)} merges of merges.txt")
+    if sorted(ranks.values()) != list(range(256 + len(merges))) or not all(bytes([byte]) in ranks for byte in range(256)):
+        raise ValueError(f"{len(ranks)} tokens are not the 256 bytes and the {len(merges)} merges of merges.txt")
     for i, pair in enumerate(merges):
         if vocab.get("".join(pair)) != 256 + i:
             raise ValueError(f"merge {i} of merges.txt, {' '.join(pair)!r}, does not have the id {256 + i}")
@@ -307,7 +307,7 @@ class Batch:
     at: torch.Tensor
 
     def to(self, device):
-        return Batch(*(t.to(device, non_blocking=True) for t in vars(self).values()))
+        return Batch(*(tensor.to(device) for tensor in vars(self).values()))
 
 
 def collate(rows, pad_id):

@@ -4,7 +4,7 @@
     python eval.py --ckpt out/demo --pathway st cot            through both pathways
     python eval.py --ckpt DIR --data FILE ... --json FILE      other data; the figures for programs
 
-Also here, because train.py uses it, too: options from dataclasses, one-line errors, Wilson's interval, tables.
+The first half (options from dataclasses, one-line errors, reading a run, Wilson's interval, tables) serves train.py, too.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from dart import option
 from data import Tokenizer, load
 from model import ModelConfig, Transformer
 
-# ----------------------------------------------------------------------------------------------- options and errors
+# ------------------------------------------------------------------------------- options and errors, for train.py, too
 
 
 class Parser(argparse.ArgumentParser):
@@ -43,32 +43,41 @@ def parse_options(cls, argv, doc, defaults=None):
     parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     for field in dataclasses.fields(cls):
         default = (defaults or {}).get(field.name, field.default)
-        kind = dict(default=default, help=f"{field.metadata['help']} (default: {default!r})")
+        how = dict(default=default, help=f"{field.metadata['help']} (default: {default!r})")
         if field.type is bool:
-            kind["action"] = argparse.BooleanOptionalAction
+            how["action"] = argparse.BooleanOptionalAction
+        elif field.type is tuple:
+            how["nargs"] = "*"
         else:
-            kind["choices"] = field.metadata.get("choices")
-            kind["type"] = str if field.type is tuple else field.type
-            if field.type is tuple:
-                kind["nargs"] = "*"
-        parser.add_argument(f"--{field.name}", **kind)
+            how.update(type=field.type, choices=field.metadata.get("choices"))
+        parser.add_argument(f"--{field.name}", **how)
     values = vars(parser.parse_args(argv))
-    for field in dataclasses.fields(cls):
-        value = values[field.name]
-        if field.type in (int, float) and not field.metadata.get("low", 0) <= value < math.inf:
-            raise ValueError(f"--{field.name} {value}: not a number of at least {field.metadata.get('low', 0)}")
-        if field.type is tuple:
-            values[field.name] = tuple(value)
-    return cls(**values)
+    return check_options(cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}))
+
+
+def check_options(options):
+    """The options themselves; ValueError where one is of the wrong type or beyond its limits."""
+    for field in dataclasses.fields(options):
+        value, limits = getattr(options, field.name), field.metadata
+        types = (int, float) if field.type is float else field.type
+        if not isinstance(value, types) or (isinstance(value, bool) and field.type is not bool):
+            raise ValueError(f"--{field.name} {value!r}: not of the type {field.type.__name__}")
+        if limits.get("choices") and value not in limits["choices"]:
+            raise ValueError(f"--{field.name} {value!r}: there are {', '.join(limits['choices'])}")
+        low, high = limits.get("low", 0), limits.get("high", math.inf)
+        if field.type in (int, float) and not (low <= value <= high and value < math.inf):
+            raise ValueError(f"--{field.name} {value}: not a number of at least {low}" + f" and at most {high}" * (high < math.inf))
+    return options
 
 
 @contextlib.contextmanager
 def one_line_errors():
-    """What a user can get wrong (ValueError, OSError) ends in one line on stderr and exit code 2."""
+    """What a user can get wrong (ValueError, OSError) ends in one line on stderr, of one process a machine, and exit
+    code 2."""
     try:
         yield
     except (ValueError, OSError) as error:
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
 
@@ -105,42 +114,83 @@ def markdown(rows):
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
 
 
-# -------------------------------------------------------------------------------------------------------- evaluation
+# --------------------------------------------------------------------------------------------------------------- runs
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass
+class RunOptions(dart.Options):
+    """What an evaluation must know of the training."""
+
+    model: str = option("", "directory of the base model: config.json, model.safetensors")
+    random_init: bool = option(False, "random weights; --model may then be a name, or a directory with only config.json")
+    data: str = option("", "directory with train.txt and valid.txt in GSM8K-Aug's format, or 'demo', the built-in task")
+    dtype: str = option("bf16", "of the computation and of frozen weights", choices=tuple(DTYPES))
+    seed: int = option(0, "of weights, data order and dropout")
+    max_new_tokens: int = option(256, "tokens an answer may have, CoT included", low=1)
+
+    @property
+    def complete(self):
+        """Do the run's own files hold all weights? (Else the base model is needed beside them.)"""
+        return self.lora_rank == 0 or self.random_init
+
+
+def read_run(directory):
+    """(RunOptions, ModelConfig) of a directory that train.py wrote. FileNotFoundError, or ValueError with the path."""
+    path = Path(directory) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{directory}: not a run of train.py: there is no config.json in it")
+    saved = read_json(path)
+    try:
+        values = {field.name: saved["options"][field.name] for field in dataclasses.fields(RunOptions)}
+        return check_options(RunOptions(**values)), ModelConfig(**saved["model_config"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not the configuration of a run ({error})") from None
 
 
 def load_run(directory, model_directory=None, device="cpu", dtype=None):
-    """(method, options of the run) of a directory that train.py wrote, ready for evaluation.
+    """(method, RunOptions) of a directory that train.py wrote, ready for evaluation.
 
     model_directory: where the base weights are now, if not where they were; dtype: the run's where None.
     Raises FileNotFoundError or ValueError, naming the file.
     """
     directory = Path(directory)
-    if not (directory / "config.json").is_file():
-        raise FileNotFoundError(f"{directory}: not a run of train.py: there is no config.json in it")
+    options, config = read_run(directory)
     if not (directory / "adapter.safetensors").is_file():
         raise FileNotFoundError(f"{directory}: nothing to load: the run has not written adapter.safetensors yet")
-    saved = read_json(directory / "config.json")
-    try:
-        options = argparse.Namespace(**saved["options"])
-        config = ModelConfig(**saved["model_config"])
-        method = dart.METHODS[options.method]
-        complete = options.lora_rank == 0 or options.random_init
-        dtype = DTYPES[dtype or options.dtype]
-        tokenizer = Tokenizer.from_pretrained(directory)
-        adapters = method.adapters(tokenizer, options)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{directory / 'config.json'}: not the configuration of a run ({error})") from None
-    if complete:
-        model = Transformer(config, adapters, dtype=torch.float32, device=device, compute_dtype=dtype, random_init=False)
+    dtype = DTYPES[dtype or options.dtype]
+    tokenizer = Tokenizer.from_pretrained(directory)
+    cls = dart.METHODS[options.method]
+    adapters = cls.adapters(tokenizer, options)
+    if options.complete:
+        model = Transformer(config, adapters, torch.float32, device, compute_dtype=dtype, random_init=False)
     else:
-        model = Transformer.from_pretrained(model_directory or options.model, adapters, dtype=dtype, device=device)
+        base = model_directory or options.model
+        if not Path(base).is_dir():
+            raise FileNotFoundError(f"{base}: no such directory; --model says where the base weights are")
+        model = Transformer.from_pretrained(base, adapters, dtype, device)
         if model.config != config:
-            raise ValueError(f"{model_directory or options.model}: not the model that {directory} was trained on")
-    model.load_adapter_state(directory / "adapter.safetensors", complete)
-    return method(model, tokenizer, options).eval(), options
+            raise ValueError(f"{base}: not the model that {directory} was trained on")
+    model.load_adapter_state(directory / "adapter.safetensors", options.complete)
+    check_vocabulary(tokenizer, model)
+    return cls(model, tokenizer, options).eval(), options
 
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+def check_vocabulary(tokenizer, model):
+    if tokenizer.size > model.config.vocab_size:
+        raise ValueError(f"the tokenizer has {tokenizer.size} ids, the model {model.config.vocab_size} embeddings")
+
+
+def check_room(method, problems, max_new_tokens):
+    """ValueError for a problem that a pathway cannot encode, or has no room for in the model's positions."""
+    room = method.model.config.max_position_embeddings
+    for name, pathway in method.pathways.items():
+        for problem in problems:
+            need = len(pathway.prompt(problem.question, method.tokenizer)) + max_new_tokens - 1
+            if need > room:
+                raise ValueError(f"{need} tokens for question and answer ({name}, --max_new_tokens {max_new_tokens}), but "
+                                 f"the model has {room} positions: {problem.question[:60]!r}")  # fmt: skip
 
 
 def pick_device(name):
@@ -149,6 +199,9 @@ def pick_device(name):
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no GPU here")
     return name
+
+
+# -------------------------------------------------------------------------------------------------------- evaluation
 
 
 def merged(method, name):
@@ -173,12 +226,13 @@ def latency(model, tokenizer, pathway, questions, max_new_tokens):
 
 
 def summary(records, seconds):
-    """The figures of one pathway on one set of problems: records of `dart.evaluate`, seconds of `latency` or []."""
-    n = len(records)
-    figures = {"n": n, "passes": sum(r["passes"] for r in records) / n}
-    for kind in ("strict", "tolerant"):
-        right = sum(record[kind] for record in records)
-        figures[kind], figures[f"{kind}_interval"] = right / n, wilson(right, n)
+    """The figures of one pathway on one set of problems: records of `dart.evaluate` and seconds of `latency`, or []."""
+    figures = {"n": len(records)}
+    if records:
+        figures["passes"] = sum(record["passes"] for record in records) / len(records)
+        for kind in ("strict", "tolerant"):
+            right = sum(record[kind] for record in records)
+            figures[kind], figures[f"{kind}_interval"] = right / len(records), wilson(right, len(records))
     if seconds:
         figures["ms"] = 1000 * statistics.median(seconds)
         figures["ms_p90"] = 1000 * sorted(seconds)[math.ceil(0.9 * len(seconds)) - 1]
@@ -210,23 +264,18 @@ class Options:
     json: str = option("", "file for the figures as JSON")
 
 
-def evaluate_set(method, name, problems, options):
-    """(figures, one dictionary a pathway; records, one a problem and pathway) of one data set. All pathways are timed,
-    those of --pathway are scored, too."""
-    figures, records, ms, tokenizer = [], [], {}, method.tokenizer
-    timed = [problem.question for problem in problems[: options.latency]]
-    for pathway_name, pathway in method.pathways.items():
-        model = merged(method, pathway_name)
+def evaluate_pathway(method, pathway_name, sets, options):
+    """(figures, one dictionary a data set; records, one a problem) of one pathway. sets: name -> problems."""
+    model, tokenizer, pathway = merged(method, pathway_name), method.tokenizer, method.pathways[pathway_name]
+    figures, records = [], []
+    for name, problems in sets.items():
+        timed = [problem.question for problem in problems[: options.latency]]
         seconds = latency(model, tokenizer, pathway, timed, options.max_new_tokens)
-        if timed:
-            ms["cot" if pathway.steps else pathway_name] = 1000 * statistics.median(seconds)
+        found = []
         if pathway_name in options.pathway:
             found = dart.evaluate(model, tokenizer, pathway, problems, options.max_new_tokens, options.batch_size)
-            records += [{"data": name, "pathway": pathway_name, "id": i, **record} for i, record in enumerate(found)]
-            figures.append({"data": name, "pathway": pathway_name, **summary(found, seconds)})
-    for row in figures:
-        if "cot" in ms:
-            row["speedup_over_cot"] = ms["cot"] / row["ms"]
+        records += [{"data": name, "pathway": pathway_name, "id": i, **record} for i, record in enumerate(found)]
+        figures.append({"data": name, "pathway": pathway_name, **summary(found, seconds)})
     return figures, records
 
 
@@ -244,22 +293,34 @@ def main(argv=None):
         options = parse_options(Options, argv, __doc__)
         if not options.ckpt:
             raise ValueError("--ckpt DIR is missing: the directory of a run")
+        for path in map(Path, filter(None, (options.json, options.examples))):
+            if path.exists() or not path.parent.is_dir():
+                raise ValueError(f"{path}: " + ("exists already" if path.exists() else "its directory does not exist"))
         method, run = load_run(options.ckpt, options.model, pick_device(options.device), options.dtype)
         options.max_new_tokens = options.max_new_tokens or run.max_new_tokens
         options.pathway = options.pathway or (list(method.pathways)[-1],)
         if unknown := [name for name in options.pathway if name not in method.pathways]:
             raise ValueError(f"--pathway {unknown[0]}: {run.method} has {' and '.join(method.pathways)}")
-        sets = {name: load(name, options.split, run.seed) for name in options.data or (run.data,)}
-    rows, records = [], []
-    for name, problems in sets.items():
-        new = evaluate_set(method, name, problems[: options.limit or None], options)
-        rows, records = rows + new[0], records + new[1]
+        sets = {name: load(name, options.split, run.seed)[: options.limit or None] for name in options.data or (run.data,)}
+        for problems in sets.values():
+            check_room(method, problems, options.max_new_tokens)
+    rows, records, cot_ms = [], [], {}
+    for name, pathway in method.pathways.items():
+        asked = name in options.pathway
+        if asked or (pathway.steps and options.latency):  # the written CoT is timed in any case, to compare with
+            figures, more = evaluate_pathway(method, name, sets, options)
+            if pathway.steps:
+                cot_ms = {row["data"]: row.get("ms") for row in figures}
+            rows, records = rows + figures * asked, records + more
+    for row in rows:
+        if cot_ms.get(row["data"]):
+            row["speedup_over_cot"] = cot_ms[row["data"]] / row["ms"]
+    print(markdown([report(row) for row in rows]))
     with one_line_errors():
         if options.json:
             write_atomically(options.json, json.dumps(rows, indent=1) + "\n")
         if options.examples:
             write_atomically(options.examples, "".join(json.dumps(record) + "\n" for record in records))
-    print(markdown([report(row) for row in rows]))
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ One set of weights serves both of DART's pathways. `Transformer.forward(ids, sil
 through REM: the ST pathway. `Transformer.merge()` folds LoRA and REM into the weights, for inference.
 
 Shapes: B rows, T tokens, S cached positions, n hidden size, h query heads, g key/value heads, e head size, L layers,
-V vocabulary, r LoRA rank, d REM rank. Weights have the names, the orientation and the order of a Hugging Face
-checkpoint's tensors; only the names of GPT-2's are spelled as Llama's, and its fused c_attn is cut into three.
+V vocabulary, r LoRA rank, d REM rank. Weights keep the orientation and the order of a Hugging Face checkpoint's
+tensors; modules go by Llama's names there, GPT-2's, too, whose fused c_attn is cut into three.
 """
 
 import json
@@ -58,7 +58,7 @@ class ModelConfig:
             return (_read_gpt2 if raw.get("model_type") == "gpt2" else _read_llama)(raw)
         except KeyError as error:
             raise ValueError(f"{path}: the field {error} is missing") from None
-        except (TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (TypeError, AttributeError, ZeroDivisionError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path}: not a model configuration ({error})") from None
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
@@ -71,10 +71,13 @@ class ModelConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} is {value!r}, not a whole number of at least 1")
-        for name in ("norm_eps", "rope_theta"):
-            value = getattr(self, name)
+        for name, value in {"norm_eps": self.norm_eps, "rope_theta": self.rope_theta, **(self.rope_scaling or {})}.items():
             if not isinstance(value, (int, float)) or not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value!r}, not a positive number")
+        if not isinstance(self.tie_word_embeddings, bool):
+            raise ValueError(f"tie_word_embeddings is {self.tie_word_embeddings!r}, not true or false")
+        if self.rope_scaling is not None and set(self.rope_scaling) != set(LLAMA3_ROPE):
+            raise ValueError(f"rope_scaling holds {sorted(self.rope_scaling)}, not {sorted(LLAMA3_ROPE)}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(f"num_attention_heads {self.num_attention_heads} is not a multiple of "
                              f"num_key_value_heads {self.num_key_value_heads}")  # fmt: skip
@@ -105,7 +108,7 @@ def _read_llama(raw):
         intermediate_size=raw["intermediate_size"],
         num_hidden_layers=raw["num_hidden_layers"],
         num_attention_heads=heads,
-        num_key_value_heads=raw.get("num_key_value_heads", heads),
+        num_key_value_heads=heads if raw.get("num_key_value_heads") is None else raw["num_key_value_heads"],
         head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
         max_position_embeddings=raw["max_position_embeddings"],
         norm_eps=raw["rms_norm_eps"],
@@ -423,10 +426,12 @@ class Transformer(nn.Module):
             self.extra_rows.copy_(self.embed_tokens.float().mean(0).expand_as(self.extra_rows))
 
     def embed(self, ids, positions):  # [B, T], [B or 1, T] -> [B, T, n]
-        x = F.embedding(ids.clamp(max=self.config.vocab_size - 1), self.embed_tokens)
-        if self.extra_rows is not None:
-            extra = F.embedding((ids - self.config.vocab_size).clamp(min=0), self.extra_rows).to(x.dtype)
-            x = torch.where((ids >= self.config.vocab_size)[..., None], extra, x)
+        if self.extra_rows is None:
+            x = F.embedding(ids, self.embed_tokens)
+        else:
+            V = self.config.vocab_size
+            extra = F.embedding((ids - V).clamp(min=0), self.extra_rows).to(self.embed_tokens.dtype)
+            x = torch.where((ids >= V)[..., None], extra, F.embedding(ids.clamp(max=V - 1), self.embed_tokens))
         if self.embed_positions is not None:
             x = x + F.embedding(positions, self.embed_positions)
         return x.to(self.compute_dtype)

@@ -30,23 +30,21 @@ from torch.nn.parallel import DistributedDataParallel
 import dart
 import data
 from dart import option
-from eval import (DTYPES, accuracy_text, latency, load_run, markdown, merged, one_line_errors, parse_options, pick_device,
-                  read_json, summary, write_atomically)  # fmt: skip
+from eval import (DTYPES, Parser, RunOptions, accuracy_text, check_room, check_vocabulary, latency, load_run, markdown,
+                  merged, one_line_errors, parse_options, pick_device, read_json, read_run, summary,
+                  write_atomically)  # fmt: skip
 from model import MODELS, ModelConfig, Transformer
 
 # ----------------------------------------------------------------------------------------------------------- options
 
 
 @dataclass
-class Options(dart.Options):
-    """The defaults are the paper's for Llama-3.2-1B, and CODI's (Shen et al. 2025) where the paper says nothing."""
+class Options(RunOptions):
+    """The defaults are those of Llama-3.2-1B: the paper's, and CODI's (Shen et al. 2025) where the paper says nothing."""
 
     preset: str = option("demo", "recipe; every option that is given replaces the recipe's")
-    model: str = option("", "directory of the base model: config.json, model.safetensors")
-    tokenizer: str = option("", "directory of the tokenizer, if not the model's")
-    random_init: bool = option(False, "random weights; --model may then be a name, or a directory with only config.json")
-    data: str = option("", "directory with train.txt and valid.txt in GSM8K-Aug's format, or 'demo', the built-in task")
-    out: str = option("", "directory of the run (default: out/PRESET)")
+    tokenizer: str = option("", "directory of the tokenizer, if not the model's, or 'demo', the built-in task's")
+    out: str = option("", "directory of the run; out/PRESET where it is not given")
     resume: bool = option(False, "continue the run in --out from its last checkpoint")
     overwrite: bool = option(False, "replace the run in --out")
     compare: tuple = option((), "methods trained first with the same options, into folders of --out, for a table")
@@ -55,15 +53,12 @@ class Options(dart.Options):
     batch_size: int = option(128, "problems in an optimizer step, over all processes", low=1)
     micro_batch_size: int = option(0, "problems in a forward pass of a process; 0: all of its share")
     lr: float = option(8e-4, "highest learning rate: linear warm-up, then a cosine to 0")
-    warmup: float = option(0.03, "share of the steps that warm up")
+    warmup: float = option(0.03, "share of the steps that warm up", high=1)
     weight_decay: float = option(0.1, "AdamW's, on matrices only")
-    beta2: float = option(0.999, "AdamW's")
+    beta2: float = option(0.999, "AdamW's", high=0.99999)
     grad_clip: float = option(2.0, "largest norm of the gradient; 0: no limit")
-    dtype: str = option("bf16", "of the computation and of frozen weights", choices=tuple(DTYPES))
-    seed: int = option(0, "of weights, data order and dropout")
     eval_every: int = option(0, "steps between evaluations on the validation split; 0: once an epoch")
-    eval_size: int = option(500, "at most so many validation problems")
-    max_new_tokens: int = option(256, "tokens an answer may have, CoT included", low=1)
+    eval_size: int = option(500, "at most so many validation problems", low=1)
     log_every: int = option(10, "steps between lines of the log", low=1)
     save_every: int = option(500, "steps between checkpoints", low=1)
     device: str = option("auto", "cpu, cuda, or auto", choices=("auto", "cpu", "cuda"))
@@ -83,10 +78,15 @@ PRESETS = {
 
 def read_options(argv):
     """Options from the command line; ValueError for what is unknown or contradictory."""
-    preset = parse_options(Options, argv, __doc__).preset
+    argv = sys.argv[1:] if argv is None else argv
+    first = Parser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", default="demo")
+    preset = first.parse_known_args(argv)[0].preset
     if preset not in PRESETS:
         raise ValueError(f"--preset {preset}: there are {', '.join(PRESETS)}")
-    options = parse_options(Options, argv, __doc__, PRESETS[preset])
+    options = parse_options(Options, argv, __doc__, {"preset": preset, **PRESETS[preset]})
+    if "--epochs" in argv and "--steps" not in argv:
+        options.steps = 0
     options.out = options.out or f"out/{preset}"
     if options.random_init and not options.model:
         options.model = preset
@@ -98,10 +98,13 @@ def read_options(argv):
         raise ValueError("--data DIR is missing: a directory with train.txt and valid.txt")
     if options.data != "demo" and not Path(options.data).is_dir():
         raise ValueError(f"--data {options.data}: not a directory with train.txt and valid.txt")
-    if unknown := [name for name in options.compare if name not in dart.METHODS]:
-        raise ValueError(f"--compare {unknown[0]}: there are {', '.join(dart.METHODS)}")
+    if unknown := [name for name in options.compare if name not in dart.METHODS or options.compare.count(name) > 1]:
+        raise ValueError(f"--compare {unknown[0]}: each once, of {', '.join(dart.METHODS)}")
     if options.resume and options.overwrite:
         raise ValueError("--resume and --overwrite contradict each other")
+    for name in ("model", "tokenizer", "data"):  # the run must find them again, from wherever it is evaluated
+        if Path(getattr(options, name)).is_dir() and getattr(options, name):
+            setattr(options, name, str(Path(getattr(options, name)).resolve()))
     return options
 
 
@@ -113,7 +116,10 @@ def start_processes(options):
     device, rank, world = pick_device(options.device), 0, 1
     if "RANK" in os.environ:
         if device == "cuda":
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
+            local = int(os.environ["LOCAL_RANK"])
+            if local >= torch.cuda.device_count():
+                raise ValueError(f"a process for GPU {local}, but there are {torch.cuda.device_count()} on this machine")
+            device = f"cuda:{local}"
             torch.cuda.set_device(device)
             dist.init_process_group("nccl", device_id=torch.device(device))
         else:
@@ -129,37 +135,50 @@ RUN_FILES = ("config.json", "adapter.safetensors", "trainer.safetensors", "log.j
 FREE_TO_CHANGE = ("out", "resume", "overwrite", "compare", "device")  # between a run and its resumption
 
 
-def claim(options, config):
-    """Makes options.out the directory of this run. Raises ValueError rather than touch anything that is there, unless it
-    is a run that may be resumed or overwritten."""
-    out = Path(options.out)
-    old = out / "config.json"
-    if out.exists() and not old.is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out {out}: exists, and is not a run of train.py")
-    if old.is_file() and options.resume:
-        theirs, ours = read_json(old).get("options", {}), dataclasses.asdict(options)
-        ours = json.loads(json.dumps(ours))
-        changed = [k for k in ours if k not in FREE_TO_CHANGE and ours[k] != theirs.get(k)]
-        if changed:
-            listed = ", ".join(f"--{k} {theirs.get(k)!r} (now {ours[k]!r})" for k in changed)
-            raise ValueError(f"--resume: the run in {out} was started with {listed}")
+def check_out(options):
+    """Raises ValueError unless options.out is new, empty (but for the folders of --compare), or a run that may be resumed
+    or overwritten. Writes nothing."""
+    out, inside = Path(options.out), set()
+    if out.exists():
+        if not out.is_dir():
+            raise ValueError(f"--out {out}: is not a directory")
+        inside = {path.name for path in out.iterdir()} - set(options.compare)
+    if not inside:
         return
-    if old.is_file() and not options.overwrite:
+    try:
+        read_run(out)
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(f"--out {out}: holds something, but no run of train.py ({error})") from None
+    if not options.resume and not options.overwrite:
         raise ValueError(f"--out {out}: holds a run already; --resume continues it, --overwrite replaces it")
+    theirs, ours = read_json(out / "config.json")["options"], json.loads(json.dumps(dataclasses.asdict(options)))
+    changed = [name for name in ours if name not in FREE_TO_CHANGE and ours[name] != theirs.get(name)]
+    if options.resume and changed:
+        listed = ", ".join(f"--{name} {theirs.get(name)!r} (now {ours[name]!r})" for name in changed)
+        raise ValueError(f"--resume: the run in {out} was started with {listed}")
+
+
+def claim(run, world):
+    """Makes the checked directory that of this run, which has been prepared: nothing old is given up before."""
+    out = Path(run.options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    if run.options.resume and (out / "config.json").is_file():
+        return
     for name in RUN_FILES:
         (out / name).unlink(missing_ok=True)
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomically(old, json.dumps(config, indent=1) + "\n")
+    run.method.tokenizer.save(out)
+    write_atomically(out / "config.json", json.dumps(describe(run, world), indent=1) + "\n")
 
 
-def describe(options, model_config, world):
+def describe(run, world):
     """config.json: all that says what this run is."""
     commit = None
     with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no git here, or no repository
         here = Path(__file__).parent
         commit = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=here, stderr=subprocess.DEVNULL, text=True).strip()
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
-    return {"options": dataclasses.asdict(options), "model_config": dataclasses.asdict(model_config),
+    config = dataclasses.asdict(run.method.model.config)
+    return {"options": dataclasses.asdict(run.options), "model_config": config,
             "versions": versions, "commit": commit, "processes": world}  # fmt: skip
 
 
@@ -206,26 +225,20 @@ def load_checkpoint(out, method, optimizer):
 
 
 def build(options, device):
-    """(method, complete): the training method around its model; complete: whether all weights belong to the run."""
-    cls = dart.METHODS[options.method]
-    tokenizer = find_tokenizer(options)
+    """The training method around its model."""
+    cls, tokenizer = dart.METHODS[options.method], find_tokenizer(options)
     adapters = cls.adapters(tokenizer, options)
     torch.manual_seed(options.seed)
     compute = DTYPES[options.dtype]
     dtype = compute if options.lora_rank else torch.float32  # weights that are trained are held in fp32
     if options.random_init:
-        model = Transformer(find_config(options), adapters, dtype, device, compute)
+        known = options.model in MODELS and not Path(options.model).is_dir()
+        config = MODELS[options.model] if known else ModelConfig.from_pretrained(options.model)
+        model = Transformer(config, adapters, dtype, device, compute)
     else:
         model = Transformer.from_pretrained(options.model, adapters, dtype, device, compute)
-    if tokenizer.size > model.config.vocab_size:
-        raise ValueError(f"the tokenizer has {tokenizer.size} ids, the model {model.config.vocab_size} embeddings")
-    return cls(model, tokenizer, options), options.lora_rank == 0 or options.random_init
-
-
-def find_config(options):
-    if options.model in MODELS and options.random_init:
-        return MODELS[options.model]
-    return ModelConfig.from_pretrained(options.model)
+    check_vocabulary(tokenizer, model)
+    return cls(model, tokenizer, options)
 
 
 def find_tokenizer(options):
@@ -257,13 +270,13 @@ def train_step(wrapped, method, micro_batches, share):
 
     wrapped: the method, or DDP around it, which averages the gradients over the processes in the last pass."""
 
-    def forward(*arguments, sync):
+    def run_pass(*arguments, sync):
         with contextlib.nullcontext() if sync or wrapped is method else wrapped.no_sync():
             return wrapped(*arguments)
 
     totals = {}
-    for i, losses in enumerate(method.passes(forward, micro_batches)):
-        part = len(micro_batches[i % len(micro_batches)]["rows"]) / share
+    for micro, losses in method.passes(run_pass, micro_batches):
+        part = len(micro["rows"]) / share
         (part * method.total(losses)).backward()
         for name, loss in losses.items():
             totals[name] = totals.get(name, 0.0) + part * loss.detach()
@@ -289,15 +302,21 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def step_of(line):
+    """The step of a line of log.jsonl; -1 for what is no such line, as the last of an interrupted run may be."""
+    with contextlib.suppress(ValueError, TypeError, KeyError):
+        return json.loads(line)["step"]
+    return -1
+
+
 class Log:
     """log.jsonl, and one line on the screen: live on a terminal, one after the other elsewhere. Rank 0 alone writes."""
 
     def __init__(self, path, rank, step):
         self.path, self.rank, self.live = path, rank, sys.stdout.isatty()
         if rank == 0:
-            lines = path.read_text().splitlines() if step and path.is_file() else []
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
-            write_atomically(path, "".join(line + "\n" for line in kept))
+            lines = path.read_text(encoding="utf-8").splitlines() if step and path.is_file() else []
+            write_atomically(path, "".join(line + "\n" for line in lines if 0 <= step_of(line) <= step))
 
     def write(self, record, text, done=False):
         """A line for the file, and one for the screen, which the next one replaces unless it is `done`."""
@@ -320,7 +339,6 @@ class Run:
 
     options: Options
     method: dart.Method
-    complete: bool  # the run's files hold all weights
     optimizer: torch.optim.Optimizer
     rows: dict  # pathway -> list of Row, one for each training problem
     lengths: np.ndarray  # [N, P] tokens of each problem in each pathway
@@ -330,21 +348,25 @@ class Run:
 
 
 def prepare(options, device):
-    """Loads everything, and takes up the last checkpoint. Raises ValueError or OSError for what a user can mend."""
+    """Loads everything, and takes up the last checkpoint. Raises ValueError or OSError for what a user can mend; writes
+    nothing."""
     train, valid = (data.load(options.data, split, options.seed) for split in ("train", "valid"))
-    method, complete = build(options, device)
+    method = build(options, device)
     rows = {name: [pathway.row(problem, method.tokenizer) for problem in train] for name, pathway in method.pathways.items()}
     lengths = np.array([[len(row.ids) for row in some] for some in rows.values()]).T
-    longest = lengths.max()
-    if longest > method.model.config.max_position_embeddings:
-        raise ValueError(f"--data {options.data}: a row of {longest} tokens, but the model has "
+    if lengths.max() > method.model.config.max_position_embeddings:
+        raise ValueError(f"--data {options.data}: a row of {lengths.max()} tokens, but the model has "
                          f"{method.model.config.max_position_embeddings} positions")  # fmt: skip
     if len(train) < options.batch_size:
         raise ValueError(f"--batch_size {options.batch_size}: there are only {len(train)} problems to train on")
+    asked = valid[: options.eval_size]
+    if options.compare:
+        asked = asked + train[:TRAIN_SAMPLE] + data.load(options.data, "test", options.seed)
+    check_room(method, asked, options.max_new_tokens)
     steps = options.steps or options.epochs * (len(train) // options.batch_size)
     optimizer = make_optimizer(method.model, options)
     start = load_checkpoint(Path(options.out), method, optimizer) if options.resume else 0
-    return Run(options, method, complete, optimizer, rows, lengths, valid[: options.eval_size], start, steps)
+    return Run(options, method, optimizer, rows, lengths, valid[: options.eval_size], start, steps)
 
 
 def global_batches(run, first):
@@ -370,7 +392,13 @@ def train(run, rank, world, device):
     parameters = [p for p in method.parameters() if p.requires_grad]
     log, meter = Log(out / "log.jsonl", rank, run.start), Meter(run, device)
     eval_every = options.eval_every or len(run.lengths) // options.batch_size
-    accuracies = {}
+
+    def evaluation(step):
+        accuracies = validate(method, run.valid, options, rank, world)
+        text = "  ".join(f"{name} {100 * share:.1f} %" for name, share in accuracies.items())
+        log.write({"step": step, "valid": accuracies}, f"step {step}  validation: {text}", done=True)
+        return accuracies
+
     for step, batch in enumerate(global_batches(run, run.start), run.start + 1):
         mine = batch[rank::world]
         micro_batches = make_micro_batches(run, mine, device)
@@ -388,15 +416,14 @@ def train(run, rank, world, device):
         if step % options.log_every == 0 or last:
             losses = {name: mean_over_processes(loss, world) for name, loss in losses.items()}
             log.write(*meter.record(step, losses, norm.item(), optimizer.param_groups[0]["lr"]))
-        before = time.perf_counter()
-        if step % eval_every == 0 or last:
-            accuracies = validate(method, run.valid, options, rank, world)
-            text = "  ".join(f"{name} {100 * share:.1f} %" for name, share in accuracies.items())
-            log.write({"step": step, "valid": accuracies}, f"step {step}  validation: {text}", done=True)
-        if (step % options.save_every == 0 or last) and rank == 0:
-            save_checkpoint(out, method, optimizer, step, run.complete)
-        meter.began += time.perf_counter() - before  # evaluations and checkpoints are no training time
-    result = {"method": options.method, "steps": run.steps, "valid": accuracies, **meter.totals(),
+        if step % options.save_every and step % eval_every and not last:
+            continue
+        with meter.pause():
+            if (step % options.save_every == 0 or last) and rank == 0:
+                save_checkpoint(out, method, optimizer, step, options.complete)
+            if step % eval_every == 0 and not last:
+                evaluation(step)
+    result = {"method": options.method, "steps": run.steps, **meter.totals(), "valid": evaluation(run.steps),
               "trained_parameters": sum(p.numel() for p in parameters)}  # fmt: skip
     if rank == 0:
         write_atomically(out / "result.json", json.dumps(result, indent=1) + "\n")
@@ -410,11 +437,22 @@ def mean_over_processes(value, world):
 
 
 class Meter:
-    """Speed, padding and memory since the start or the resumption of a run."""
+    """Speed, padding and memory of the training since the start or the resumption of a run."""
 
     def __init__(self, run, device):
         self.run, self.device, self.began = run, device, time.perf_counter()
         self.tokens = self.mine = self.padded = 0
+        if torch.device(device).type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+
+    @contextlib.contextmanager
+    def pause(self):
+        """What goes on within is no training time."""
+        if torch.device(self.device).type == "cuda":
+            torch.cuda.synchronize()
+        before = time.perf_counter()
+        yield
+        self.began += time.perf_counter() - before
 
     def count(self, batch, micro_batches):
         self.tokens += int(self.run.lengths[batch].sum())
@@ -447,72 +485,68 @@ def first_rows(method, rows):
 # ------------------------------------------------------------------------------------------------------------ program
 
 
-def comparison(directories, options, device):
-    """The table of several runs on the test split: (rows for people, rows for programs), through each one's pathways."""
+TRAIN_SAMPLE = 500  # so many training problems are answered for the table
+
+
+def conclude(options, runs, result, device):
+    """The table of a comparison on the test split, through every pathway: printed, and left in the run's directory."""
+    out, rows, figures = Path(options.out), [], []
     train, test = (data.load(options.data, split, options.seed) for split in ("train", "test"))
-    splits = {"train": train[:500], "test": test}
-    rows, figures = [], []
-    for directory in directories:
-        method, run = load_run(directory, device=device)
+    for one in runs:
+        method, _ = load_run(one.out, device=device)
         for name, pathway in reversed(method.pathways.items()):
             model, tokenizer = merged(method, name), method.tokenizer
-            found = {split: dart.evaluate(model, tokenizer, pathway, problems, options.max_new_tokens)
-                     for split, problems in splits.items()}  # fmt: skip
+            found, known = (dart.evaluate(model, tokenizer, pathway, problems, options.max_new_tokens)
+                            for problems in (test, train[:TRAIN_SAMPLE]))  # fmt: skip
             seconds = latency(model, tokenizer, pathway, [p.question for p in test[:50]], options.max_new_tokens)
-            row = {"method": run.method, "pathway": name, **summary(found["test"], seconds),
-                   "train": summary(found["train"], [])["strict"]}  # fmt: skip
+            row = {"method": one.method, "pathway": name, **summary(found, seconds), "train": summary(known, [])["strict"]}
             figures.append(row)
-            rows.append({"method": row["method"], "answers through": name, "test % (95 %)": accuracy_text(row),
-                         "n": row["n"], "train %": f"{100 * row['train']:.1f}", "passes": f"{row['passes']:.1f}",
+            rows.append({"method": one.method, "answers through": name, "test % (95 %)": accuracy_text(row), "n": row["n"],
+                         "train %": f"{100 * row['train']:.1f}", "passes": f"{row['passes']:.1f}",
                          "ms": f"{row['ms']:.1f}"})  # fmt: skip
-    return rows, figures
+    text = markdown(rows) + "\n"
+    if options.data == "demo":
+        result = {**result, "chance": data.demo_chance(test)}
+        text += f"\nGuessing a remainder is right in {100 * result['chance']:.1f} % of the test problems.\n"
+    write_atomically(out / "table.md", text)
+    write_atomically(out / "result.json", json.dumps({**result, "table": figures}, indent=1) + "\n")
+    print(f"\n{text}\nThe run is in {out}, this table in {out / 'table.md'}; python eval.py --ckpt {out} evaluates it again.")
+
+
+# ------------------------------------------------------------------------------------------------------------ program
+
+
+def train_one(options, rank, world, device):
+    """Prepares, claims the directory, trains. Returns what result.json says; of a finished run just that."""
+    with one_line_errors():
+        finished = Path(options.out) / "result.json"
+        if options.resume and finished.is_file():
+            return read_json(finished)
+        run = prepare(options, device)
+        if world > 1:
+            dist.barrier()  # rank 0 changes the directory when all have read what they need of it
+        if rank == 0:
+            claim(run, world)
+            print(f"\n{options.method}: {run.steps} steps of {options.batch_size} of the {len(run.lengths)} problems, "
+                  f"in {options.out}")  # fmt: skip
+    return train(run, rank, world, device)
 
 
 def main(argv=None):
     with one_line_errors():
         options = read_options(argv)
         rank, world, device = start_processes(options)
-        runs = [options] + [dataclasses.replace(options, method=name, out=str(Path(options.out) / name), compare=())
-                            for name in options.compare]  # fmt: skip
-        if options.compare:
-            data.load(options.data, "test", options.seed)  # will be needed at the end: better to fail now
+        runs = [dataclasses.replace(options, method=name, out=str(Path(options.out) / name), compare=())
+                for name in options.compare] + [options]  # fmt: skip
         for one in runs:
-            if rank == 0:
-                claim(one, describe(one, find_config(one), world))
-        if world > 1:
-            dist.barrier()  # the others look at the directories only after rank 0 has claimed them
-    runs = [*runs[1:], options]
+            check_out(one)
     for one in runs:
-        finished = Path(one.out) / "result.json"
-        if finished.is_file():  # only where a run is resumed
-            result = read_json(finished)
-            continue
-        with one_line_errors():
-            run = prepare(one, device)
-            if rank == 0:
-                run.method.tokenizer.save(one.out)
-        if rank == 0:
-            print(f"\n{one.method}: {run.steps} steps of {one.batch_size} of the {len(run.lengths)} problems, {one.out}")
-        result = train(run, rank, world, device)
-    if rank == 0 and options.compare:
-        conclude(options, runs, result, device)
+        result = train_one(one, rank, world, device)
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
-
-
-def conclude(options, runs, result, device):
-    """Prints the table of a comparison, and leaves it in the run's directory."""
-    rows, figures = comparison([one.out for one in runs], options, device)
-    text = markdown(rows) + "\n"
-    if options.data == "demo":
-        chance = data.demo_chance(data.load("demo", "test", options.seed))
-        text += f"\nGuessing a remainder is right in {100 * chance:.1f} % of the test problems.\n"
-        result = {**result, "chance": chance}
-    out = Path(options.out)
-    write_atomically(out / "table.md", text)
-    write_atomically(out / "result.json", json.dumps({**result, "table": figures}, indent=1) + "\n")
-    print(f"\n{text}\nThe run is in {out}, this table in {out / 'table.md'}; python eval.py --ckpt {out} answers with it.")
+    if rank == 0 and options.compare:
+        conclude(options, runs, result, device)
 
 
 if __name__ == "__main__":

@@ -52,11 +52,11 @@ def step(method, problems, size):
     parts = micros(method, problems, size)
     losses, calls = {}, []
 
-    def forward(*arguments, sync):
+    def run_pass(*arguments, sync):
         calls.append((arguments[0], sync))
         return method(*arguments)
 
-    for some in method.passes(forward, parts):
+    for _, some in method.passes(run_pass, parts):
         (method.total(some) / len(parts)).backward()
         for name, loss in some.items():
             losses[name] = losses.get(name, 0) + loss.item() / len(parts)
@@ -349,6 +349,28 @@ def test_dropout_is_off_when_answering():
     questions = [p.question for p in PROBLEMS]
     answers = [dart.answer(method.model, TOKENIZER, method.pathways["st"], questions, 8) for _ in range(3)]
     assert answers[0] == answers[1] == answers[2]
+
+
+def test_cross_entropy_is_computed_in_fp32_whatever_the_model_computes_in():
+    method = make("no-cot")
+    method.model.compute_dtype = torch.bfloat16
+    batch = micros(method, PROBLEMS, 4)[0]["no-cot"]
+    hidden = method.model(batch.ids)
+    assert hidden.dtype == torch.bfloat16
+    logits = method.model.logits(hidden[batch.row, batch.col - 1])
+    want = -(logits.double().log_softmax(-1).gather(1, batch.ids[batch.row, batch.col][:, None])[:, 0] * batch.weight).sum()
+    loss = dart.cross_entropy(method.model, hidden, batch)
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(want.item() / 4, rel=1e-6)
+
+
+def test_lora_dropout_acts_in_training_and_in_both_pathways():
+    method = make("dart", lora_rank=4, lora_dropout=0.5)
+    part = micros(method, PROBLEMS, 4)[0]
+    for name in part:
+        torch.manual_seed(1)
+        a, b = (method.train()(name, part[name])[0][name].item() for _ in range(2))
+        c, d = (method.eval()(name, part[name])[0][name].item() for _ in range(2))
+        assert a != b and c == d
 
 
 def test_cross_entropy_is_that_of_full_logits():

@@ -164,6 +164,24 @@ def test_gpt2_tokenizer(gpt2):
         assert tokenizer.decode(ids) == text and tokenizer.eos_id not in ids
 
 
+@pytest.mark.parametrize(
+    "pattern, text, want",
+    [
+        ("LLAMA3", "don'T  I'LL go!!\n x12345", ["don", "'T", " ", " I", "'LL", " go", "!!\n", " x", "123", "45"]),
+        ("GPT2", "don't  I'LL go!!\n x12345", ["don", "'t", " ", " I", "'", "LL", " go", "!!", "\n", " x", "12345"]),
+        ("LLAMA3", "a\r\n\r\nb   <<3*2=6>>", ["a", "\r\n\r\n", "b", "  ", " <<", "3", "*", "2", "=", "6", ">>"]),
+        ("GPT2", "a\n\nb   <<3*2=6>>", ["a", "\n", "\n", "b", "  ", " <<", "3", "*", "2", "=", "6", ">>"]),
+    ],
+)
+def test_the_patterns_cut_text_as_their_authors_do(pattern, text, want):
+    """Each piece is one token where the ranks hold all of them; expectations worked out from the published patterns."""
+    tokens = {piece.encode() for piece in want}
+    partial = {token[:i] for token in tokens for i in range(2, len(token) + 1)}  # so that merging reaches every piece
+    ranks = merge_ranks(*sorted(partial, key=lambda t: (len(t), t)))
+    encoding = data.tiktoken.Encoding("t", pat_str=getattr(data, f"{pattern}_PATTERN"), mergeable_ranks=ranks, special_tokens={})
+    assert [encoding.decode([i]) for i in encoding.encode_ordinary(text)] == want
+
+
 def test_pieces_are_not_merged_across_a_seam(llama3):
     """In one string ':-' would be one token and the separator's last token no longer ':'."""
     tokenizer = Tokenizer.from_pretrained(llama3)
@@ -208,7 +226,10 @@ def test_a_tokenizer_is_saved_as_it_was_read(llama3, tmp_path):
         ({"words.json": '["a"]'}, "<bos>"),
         ({"words.json": "["}, "words.json"),
         ({"vocab.json": '{"a": 0}', "merges.txt": ""}, "endoftext"),
-        ({"vocab.json": '{"a": 0, "<|endoftext|>": 1}', "merges.txt": ""}, "do not fit"),
+        ({"vocab.json": '{"a": 0, "<|endoftext|>": 1}', "merges.txt": ""}, "not the 256 bytes"),
+        ({"vocab.json": json.dumps({"a" * i: i - 1 for i in range(1, 257)} | {"<|endoftext|>": 256}), "merges.txt": ""},
+         "not the 256 bytes"),
+        ({"vocab.json": '{"a": 0, "<|endoftext|>": 0}', "merges.txt": ""}, "last of the ids"),
         ({"vocab.json": '{" ": 0, "<|endoftext|>": 1}', "merges.txt": ""}, "vocab.json"),
         ({"vocab.json": "[]", "merges.txt": ""}, "vocab.json"),
     ],

@@ -7,6 +7,7 @@ import torch
 
 import eval as evaluation
 import train
+from data import DEMO_WORDS
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +67,30 @@ def test_another_data_file_and_a_limit(a_run, tmp_path, capsys):
                      "--json", str(tmp_path / "e.json")])  # fmt: skip
     rows = json.loads((tmp_path / "e.json").read_text())
     assert [(row["data"], row["n"]) for row in rows] == [(str(path), 3), ("demo", 3)]
-    assert "speedup_over_cot" not in rows[0] and rows[0]["strict"] in (0.0, 1.0)
+    assert "speedup_over_cot" not in rows[0] and "ms" not in rows[0]
     assert capsys.readouterr().out.count("\n") == 4
+
+
+def test_figures_are_those_of_the_examples(a_run, tmp_path, monkeypatch):
+    """A model that writes what we say: strict and tolerant accuracy, and one line a problem, in the problems' order."""
+    path = tmp_path / "mine.txt"
+    path.write_text("".join(f"sam has {i} pens ?||<<7+5=12>> #### {i}\n" for i in range(1, 7)))
+    method, _ = evaluation.load_run(a_run)
+    written = {"1": "1", "2": "2.0", "3": "no", "4": "4", "5": "6", "6": "6"}
+
+    def generate(model, prompts, silent, eos_id, limit):
+        texts = [written[method.tokenizer.decode(prompt).split()[3]] for prompt in prompts]
+        return [[ord(c) for c in text] + [eos_id] for text in texts]
+
+    monkeypatch.setattr(evaluation.dart, "generate", generate)
+    monkeypatch.setattr(evaluation.Tokenizer, "decode", lambda self, ids, old=evaluation.Tokenizer.decode: (
+        "".join(map(chr, ids)) if all(i > 31 for i in ids) and len(ids) < 4 else old(self, ids)))  # fmt: skip
+    evaluation.main(["--ckpt", str(a_run), "--data", str(path), "--latency", "0", "--batch_size", "4",
+                     "--json", str(tmp_path / "e.json"), "--examples", str(tmp_path / "e.jsonl")])  # fmt: skip
+    (row,) = json.loads((tmp_path / "e.json").read_text())
+    assert (row["n"], row["strict"], row["tolerant"]) == (6, 3 / 6, 4 / 6)
+    examples = [json.loads(line) for line in (tmp_path / "e.jsonl").read_text().splitlines()]
+    assert [(e["id"], e["gold"], e["text"]) for e in examples] == [(i, str(i + 1), written[str(i + 1)]) for i in range(6)]
 
 
 def broken(name, content):
@@ -83,6 +106,20 @@ def broken(name, content):
     return make
 
 
+def unknown_word(run, tmp_path):
+    (tmp_path / "d.txt").write_text("zebra ?|| #### 1\n")
+    return ["--ckpt", str(run), "--data", str(tmp_path / "d.txt")]
+
+
+def changed_option(name, value):
+    def make(a_run, tmp_path):
+        config = json.loads((a_run / "config.json").read_text())
+        config["options"][name] = value
+        return broken("config.json", json.dumps(config).encode())(a_run, tmp_path)
+
+    return make
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -91,7 +128,17 @@ def broken(name, content):
         (lambda run, tmp: ["--ckpt", str(run), "--pathway", "no-cot"], "--pathway no-cot: dart has cot and st"),
         (lambda run, tmp: ["--ckpt", str(run), "--data", "/nowhere.txt"], "/nowhere.txt: no such data file"),
         (lambda run, tmp: ["--ckpt", str(run), "--split", "dev"], "invalid choice: 'dev'"),
-        (lambda run, tmp: ["--ckpt", str(run), "--json", str(tmp / "no" / "dir.json"), "--limit", "1"], "dir.json"),
+        (lambda run, tmp: ["--ckpt", str(run), "--json", str(tmp / "no" / "dir.json")], "its directory does not exist"),
+        (lambda run, tmp: ["--ckpt", str(run), "--json", str(run / "config.json")], "config.json: exists already"),
+        (lambda run, tmp: ["--ckpt", str(run), "--max_new_tokens", "60"], "the model has 64 positions"),
+        (unknown_word, "'zebra' is not in the vocabulary"),
+        (changed_option("rem_rank", "32"), "config.json: not the configuration of a run"),
+        (changed_option("rem_rank", -1), "config.json: not the configuration of a run"),
+        (changed_option("lora_rank", None), "config.json: not the configuration of a run"),
+        (changed_option("method", "magic"), "config.json: not the configuration of a run"),
+        (changed_option("n_st", 4.5), "config.json: not the configuration of a run"),
+        (broken("words.json", b'"word"'), "different strings"),
+        (broken("words.json", json.dumps(DEMO_WORDS + ["more"]).encode()), "the tokenizer has 60 ids"),
         (broken("config.json", b"{"), "config.json: not JSON"),
         (broken("config.json", b"{}"), "config.json: not the configuration of a run"),
         (broken("config.json", b"[]"), "config.json: not the configuration of a run"),

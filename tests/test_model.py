@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model import MODELS, Adapters, KVCache, ModelConfig, Transformer, rope_frequencies
+from model import MODELS, Adapters, KVCache, ModelConfig, Transformer, rope_frequencies, rotate
 
 FIXTURES = Path(__file__).parent / "fixtures"
 FAMILIES = ("llama", "qwen2", "gpt2")
@@ -59,6 +59,20 @@ def test_bf16_agrees_within_what_bf16_allows(family):
         logits = model.logits(model(want["ids"])).float()[0, want["positions"]]
     rms = ((logits - want["logits"]).square().mean() / want["logits"].square().mean()).sqrt()
     assert 1e-4 < rms < 0.03  # 2^-9 a rounding, some tens of roundings on the way; and it really is bf16
+
+
+def test_norms_and_rope_are_computed_in_fp32_on_bf16_input():
+    """One rounding, at the end: no further from the fp32 result than half a bf16 step."""
+    model = Transformer.from_pretrained(FIXTURES / "llama", dtype=torch.bfloat16)
+    torch.manual_seed(0)
+    x = torch.randn(1, 4, 300, 8).bfloat16()
+    angles = torch.arange(300)[None, None, :, None] * model.frequencies
+    rope = angles.cos(), angles.sin()
+    torch.testing.assert_close(rotate(x, rope), rotate(x.float(), rope).bfloat16(), rtol=0, atol=0)
+    x = torch.randn(7, 32).bfloat16()
+    for norm in (model.norm, Transformer.from_pretrained(FIXTURES / "gpt2", dtype=torch.bfloat16).norm):
+        torch.testing.assert_close(norm(x), norm(x.float()).bfloat16(), rtol=0, atol=0)
+    assert model.frequencies.dtype == torch.float32 and model.merge().frequencies.dtype == torch.float32
 
 
 def test_the_fixture_would_notice_a_missing_rope_scaling():
@@ -317,6 +331,7 @@ def write_config(directory, family, **changes):
         ("llama", "num_hidden_layers", 0),
         ("llama", "hidden_size", "32"),
         ("llama", "num_key_value_heads", 3),
+        ("llama", "tie_word_embeddings", "false"),
         ("qwen2", "use_sliding_window", True),
         ("gpt2", "activation_function", "gelu"),
         ("gpt2", "scale_attn_by_inverse_layer_idx", True),
@@ -334,6 +349,16 @@ def test_the_older_spelling_of_rope_in_a_configuration(tmp_path):
     theta = rope.pop("rope_theta")
     old = write_config(tmp_path, "llama", rope_parameters="absent", rope_theta=theta, rope_scaling=rope)
     assert ModelConfig.from_pretrained(old) == new
+
+
+def test_a_configuration_with_zeros_or_nulls(tmp_path):
+    for field, message in (("num_attention_heads", "config.json"), ("rope_parameters", "factor is 0")):
+        value = 0 if field != "rope_parameters" else {"rope_type": "llama3", "factor": 0, "low_freq_factor": 1,
+                                                      "high_freq_factor": 4, "original_max_position_embeddings": 64}  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            ModelConfig.from_pretrained(write_config(tmp_path, "llama", **{field: value}))
+    heads = ModelConfig.from_pretrained(write_config(tmp_path, "llama", num_key_value_heads=None)).num_key_value_heads
+    assert heads == 4
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"model_type": 3}', '{"model_type": "llama"}', "\xff"])

@@ -2,6 +2,7 @@
 inside this process, what needs torchrun in others."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -90,12 +91,30 @@ def test_lora_and_rem_from_a_hugging_face_directory(tmp_path, adapters_run):
     saved = load_file(tmp_path / "run" / "adapter.safetensors")
     assert {name.rpartition(".")[2] for name in saved} == {"lora_a", "lora_b", "r1", "r2"}
     assert len(saved) == 3 * (4 * 2 + 2 * 2) and all(tensor.dtype == torch.float32 for tensor in saved.values())
-    method, options = evaluation.load_run(tmp_path / "run")
+    method, _ = evaluation.load_run(tmp_path / "run")
     base = load_file(FIXTURES / "llama" / "model.safetensors")
     assert torch.equal(method.model.layers[1].mlp.up_proj.weight, base["model.layers.1.mlp.up_proj.weight"])
-    valid = data.load("demo", "valid", 0)[:8]
-    found = dart.evaluate(method.model, method.tokenizer, method.pathways["st"], valid, options.max_new_tokens)
-    assert sum(r["tolerant"] for r in found) / 8 == records[-1]["valid"]["st"]
+
+
+def test_the_saved_run_is_the_trained_model(tmp_path, monkeypatch, adapters_run):
+    """Both pathways' losses of the model in memory, at the end, and of the one that is loaded from the run's files; with
+    an appended row for <st>, which has to be among them."""
+    words = [word if word != "<st>" else "<free>" for word in data.DEMO_WORDS]
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "words.json").write_text(json.dumps(words))
+    kept = []
+    monkeypatch.setattr(train, "save_checkpoint", lambda *a, old=train.save_checkpoint: (kept.append(a[1]), old(*a)))
+    for more in (["--model", str(FIXTURES / "gpt2")], ["--lora_rank", "0"], ["--method", "pause"], ["--random_init"]):
+        out = tmp_path / "-".join(more).replace("/", "")
+        run(out, *adapters_run, "--tokenizer", str(tmp_path / "tokenizer"), "--lr", "1e-2", *more)
+        method, _ = evaluation.load_run(out)
+        assert method.model.adapters.extra_rows == 1 and method.fill_id == 96
+        problems = data.load("demo", "valid", 0)[:8]
+        for name, pathway in method.pathways.items():
+            batch = data.collate([pathway.row(problem, method.tokenizer) for problem in problems], 1)
+            with torch.no_grad():
+                theirs, ours = (m.eval()(name, batch)[0][name].item() for m in (kept[-1], method))
+            assert ours == theirs, more
 
 
 def test_bf16_holds_the_frozen_base_in_bf16_and_what_is_trained_in_fp32(tmp_path, adapters_run):
@@ -125,7 +144,7 @@ def test_two_processes_equal_one_and_one_with_accumulation(tmp_path, attached):
     rate is small because the L1 loss has a kink: where rounding decides on its side, later steps differ by more.)"""
     same = ["--steps", "20", "--lr", "3e-4", "--eval_every", "10", "--eval_size", "7", "--seed", "3", *attached]
     one = run(tmp_path / "one", *same)
-    torchrun(2, *same, "--out", str(tmp_path / "two"))
+    torchrun(2, *same, "--micro_batch_size", "3", "--out", str(tmp_path / "two"))  # of 8 rows: 3, 3 and 2
     accumulated = run(tmp_path / "accumulated", *same, "--micro_batch_size", "3")
     two = log(tmp_path / "two")
     for other in (two, accumulated):
@@ -183,6 +202,25 @@ def test_a_resumption_with_other_options_is_refused_with_their_names(tmp_path, c
     assert "--lr 0.003 (now 0.0001)" in message and "--seed 0 (now 9)" in message
 
 
+def test_a_line_of_the_log_that_was_cut_off_does_not_hinder_resuming(tmp_path, monkeypatch):
+    whole = run(tmp_path / "whole")
+    monkeypatch.setattr(train, "validate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut")
+    monkeypatch.undo()
+    with open(tmp_path / "cut" / "log.jsonl", "a") as file:
+        file.write('3\n{"step": 3, "los')
+    assert losses(run(tmp_path / "cut", "--resume"))[:3] == losses(whole)[:3]
+
+
+def test_a_broken_result_of_a_finished_run_is_named(tmp_path, capsys):
+    run(tmp_path / "run")
+    (tmp_path / "run" / "result.json").write_text("{")
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path / "run", "--resume")
+    assert stop.value.code == 2 and "result.json: not JSON" in capsys.readouterr().err
+
+
 def test_a_broken_checkpoint_is_named(tmp_path, capsys):
     run(tmp_path / "run")
     (tmp_path / "run" / "result.json").unlink()
@@ -196,19 +234,47 @@ def test_a_broken_checkpoint_is_named(tmp_path, capsys):
 # ------------------------------------------------------------------------------------------------ run directories
 
 
+def contents(directory):
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
 def test_a_directory_that_holds_something_is_left_alone(tmp_path, capsys):
     run(tmp_path / "run")
-    before = {p: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    before = contents(tmp_path)
     with pytest.raises(SystemExit) as stop:
         run(tmp_path / "run")
     assert stop.value.code == 2 and "--resume continues it, --overwrite replaces it" in capsys.readouterr().err
-    assert before == {p: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("more", [[], ["--overwrite"], ["--resume"], ["--compare", "no-cot", "--overwrite"]])
+def test_what_is_no_run_is_never_touched(tmp_path, capsys, more):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("years of work")
-    for more in ([], ["--overwrite"], ["--resume"]):
+    shutil.copytree(FIXTURES / "llama", tmp_path / "model")  # it has a config.json, too
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "config.json").write_text("[]")
+    (tmp_path / "file").write_text("")
+    before = contents(tmp_path)
+    for name in ("other", "model", "odd", "file"):
+        with pytest.raises(SystemExit) as stop:
+            run(tmp_path / name, *more)
+        assert stop.value.code == 2 and capsys.readouterr().err.startswith("error: --out")
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "wrong", [["--batch_size", "1821"], ["--n_st", "60"], ["--compare", "pause", "--max_new_tokens", "60"]]
+)
+def test_a_run_is_not_given_up_for_one_that_cannot_start(tmp_path, wrong):
+    """... and one that could not start leaves nothing that stands in the way of the corrected command."""
+    run(tmp_path / "run")
+    before = contents(tmp_path)
+    for out, more in (("run", ["--overwrite"]), ("new", [])):
         with pytest.raises(SystemExit):
-            run(tmp_path / "other", *more)
-    assert [p.name for p in (tmp_path / "other").iterdir()] == ["thesis.tex"]
+            run(tmp_path / out, *wrong, *more)
+    assert contents(tmp_path) == before
+    run(tmp_path / "new")
 
 
 def test_overwriting_replaces_the_run_and_nothing_else(tmp_path):
@@ -228,17 +294,21 @@ def test_overwriting_replaces_the_run_and_nothing_else(tmp_path):
         (["--step", "3"], "--step"),  # no abbreviations
         (["--lr", "fast"], "invalid float value: 'fast'"),
         (["--lr", "-1"], "--lr -1.0: not a number of at least 0"),
+        (["--warmup", "5"], "--warmup 5.0: not a number of at least 0 and at most 1"),
+        (["--eval_size", "0"], "--eval_size 0: not a number of at least 1"),
+        (["--max_new_tokens", "60"], "but the model has 64 positions"),
         (["--lr", "nan"], "--lr nan"),
         (["--batch_size", "0"], "--batch_size 0: not a number of at least 1"),
         (["--method", "magic"], "invalid choice: 'magic'"),
         (["--preset", "llama-4"], "--preset llama-4: there are llama-3.2-1b"),
         (["--preset", "gpt2"], "--model DIR is missing"),
         (["--preset", "gpt2", "--random_init"], "--data DIR is missing"),
-        (["--preset", "gpt2", "--model", "/nowhere", "--data", "demo"], "/nowhere/config.json: no such file"),
+        (["--preset", "gpt2", "--model", "/nowhere", "--data", "demo", "--tokenizer", "demo"], "/nowhere/config.json: no such"),
         (["--preset", "gpt2", "--random_init", "--data", "demo"], "--tokenizer DIR is missing"),
         (["--preset", "gpt2", "--random_init", "--data", "/nowhere"], "--data /nowhere: not a directory"),
         (["--model", "/nowhere"], "--model goes with"),
-        (["--compare", "magic"], "--compare magic: there are dart"),
+        (["--compare", "magic"], "--compare magic: each once, of dart"),
+        (["--compare", "cot", "cot"], "--compare cot: each once, of dart"),
         (["--resume", "--overwrite"], "contradict"),
         (["--batch_size", "1821"], "there are only 1820 problems"),
         (["--preset", "gpt2", "--model", str(FIXTURES / "gpt2"), "--data", "demo"], "no tokenizer"),
@@ -276,7 +346,31 @@ def test_every_option_is_in_the_help(capsys):
     assert stop.value.code == 0 and all(f"--{name}" in text for name in train.Options.__dataclass_fields__)
 
 
+def test_epochs_replace_the_steps_of_a_recipe():
+    assert train.read_options([]).steps == 1500
+    assert train.read_options(["--epochs", "2"]).steps == 0
+    assert train.read_options(["--epochs", "2", "--steps", "7"]).steps == 7
+
+
+def test_help_shows_the_defaults_of_the_recipe(capsys):
+    for preset, lr in (([], "0.003"), (["--preset", "gpt2"], "0.002")):
+        with pytest.raises(SystemExit):
+            train.main([*preset, "--help"])
+        text = " ".join(capsys.readouterr().out.split())
+        assert f"then a cosine to 0 (default: {lr})" in text
+
+
 # ------------------------------------------------------------------------------------------- schedule, optimizer
+
+
+def test_the_gradient_is_clipped(tmp_path):
+    """AdamW's first step does not depend on the gradient's scale; but the moments that it keeps do."""
+    for clip, low, high in (("0", 5.0, 1e4), ("0.01", 0.0, 0.01001)):
+        run(tmp_path / clip, "--steps", "1", "--grad_clip", clip)
+        moments = load_file(tmp_path / clip / "trainer.safetensors")
+        norm = sum(t.double().square().sum() for n, t in moments.items() if n.startswith("exp_avg.")).sqrt() / (1 - 0.9)
+        assert low < norm < high
+
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero():
@@ -288,7 +382,7 @@ def test_the_learning_rate_warms_up_and_falls_to_zero():
 
 def test_weight_decay_is_for_matrices_only():
     options = train.read_options([])
-    method, _ = train.build(options, "cpu")
+    method = train.build(options, "cpu")
     optimizer = train.make_optimizer(method.model, options)
     decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
     named = dict(method.model.named_parameters())
