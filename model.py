@@ -408,16 +408,19 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Random base weights: N(0, 1/fan_in), the projections back into the residual stream by 1/sqrt(2L) smaller."""
+        """Random base weights: N(0, 1/fan_in), the projections back into the residual stream by 1/sqrt(2L) smaller; the
+        embeddings of a tied head as a head, others N(0, 1/4), or weight decay has them before they have learned."""
         for name, module in self.named_modules():
             if isinstance(module, Linear):
                 std = 1 / math.sqrt(module.n_in)
                 if name.endswith(("o_proj", "down_proj")):
                     std /= math.sqrt(2 * len(self.layers))
                 module.weight.normal_(0, std)
-        for table in (self.embed_tokens, self.embed_positions, self.lm_head):
+        head = 1 / math.sqrt(self.config.hidden_size)
+        self.embed_tokens.normal_(0, head if self.lm_head is None else 0.5)
+        for table in (self.embed_positions, self.lm_head):
             if table is not None:
-                table.normal_(0, 1 / math.sqrt(self.config.hidden_size))
+                table.normal_(0, head)
         self.init_extra_rows()
 
     @torch.no_grad()
