@@ -244,6 +244,23 @@ def accuracy_text(figures, kind="strict"):
     return f"{100 * figures[kind]:.1f} ({100 * low:.1f}-{100 * high:.1f})"
 
 
+def compare_runs(directories, test, train, device):
+    """(table in Markdown, figures) of several runs through every pathway, on test problems and some training problems."""
+    rows, figures = [], []
+    for directory in directories:
+        method, run = load_run(directory, device=device)
+        for name, pathway in reversed(method.pathways.items()):
+            model, tokenizer = merged(method, name), method.tokenizer
+            found, known = (dart.evaluate(model, tokenizer, pathway, problems, run.max_new_tokens) for problems in (test, train))
+            seconds = latency(model, tokenizer, pathway, [problem.question for problem in test[:50]], run.max_new_tokens)
+            row = {"method": run.method, "pathway": name, **summary(found, seconds), "train": summary(known, [])["strict"]}
+            figures.append(row)
+            rows.append({"method": run.method, "answers through": name, "test % (95 %)": accuracy_text(row), "n": row["n"],
+                         "train %": f"{100 * row['train']:.1f}", "passes": f"{row['passes']:.1f}",
+                         "ms": f"{row['ms']:.1f}"})  # fmt: skip
+    return markdown(rows) + "\n", figures
+
+
 # ------------------------------------------------------------------------------------------------------------ program
 
 

@@ -99,23 +99,17 @@ def _read_llama(raw):
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ("default", "llama3"):
         raise ValueError(f"rope type {rope_type!r} is not supported (only 'default', 'llama3')")
-    factors = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     heads = raw["num_attention_heads"]
     return ModelConfig(
-        model_type=raw["model_type"],
-        vocab_size=raw["vocab_size"],
-        hidden_size=raw["hidden_size"],
-        intermediate_size=raw["intermediate_size"],
-        num_hidden_layers=raw["num_hidden_layers"],
-        num_attention_heads=heads,
+        model_type=raw["model_type"], vocab_size=raw["vocab_size"], hidden_size=raw["hidden_size"],
+        intermediate_size=raw["intermediate_size"], num_hidden_layers=raw["num_hidden_layers"], num_attention_heads=heads,
         num_key_value_heads=heads if raw.get("num_key_value_heads") is None else raw["num_key_value_heads"],
         head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-        max_position_embeddings=raw["max_position_embeddings"],
-        norm_eps=raw["rms_norm_eps"],
+        max_position_embeddings=raw["max_position_embeddings"], norm_eps=raw["rms_norm_eps"],
         tie_word_embeddings=raw.get("tie_word_embeddings", False),
         rope_theta=raw.get("rope_theta", rope.get("rope_theta", 10000.0)),
-        rope_scaling={name: float(rope[name]) for name in factors} if rope_type == "llama3" else None,
-    )
+        rope_scaling={name: float(rope[name]) for name in LLAMA3_ROPE} if rope_type == "llama3" else None,
+    )  # fmt: skip
 
 
 def _read_gpt2(raw):
@@ -125,18 +119,11 @@ def _read_gpt2(raw):
     if n % heads:
         raise ValueError(f"n_embd {n} is not a multiple of n_head {heads}")
     return ModelConfig(
-        model_type="gpt2",
-        vocab_size=raw["vocab_size"],
-        hidden_size=n,
-        intermediate_size=raw.get("n_inner") or 4 * n,
-        num_hidden_layers=raw["n_layer"],
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        head_dim=n // heads,
-        max_position_embeddings=raw["n_positions"],
-        norm_eps=raw["layer_norm_epsilon"],
+        model_type="gpt2", vocab_size=raw["vocab_size"], hidden_size=n, intermediate_size=raw.get("n_inner") or 4 * n,
+        num_hidden_layers=raw["n_layer"], num_attention_heads=heads, num_key_value_heads=heads, head_dim=n // heads,
+        max_position_embeddings=raw["n_positions"], norm_eps=raw["layer_norm_epsilon"],
         tie_word_embeddings=raw.get("tie_word_embeddings", True),
-    )
+    )  # fmt: skip
 
 
 LLAMA3_ROPE = dict(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192.0)
@@ -550,18 +537,12 @@ def _open_safetensors(path):
 @torch.no_grad()
 def _copy(parameter, file, name, path, third=None):
     """parameter <- the file's tensor (or that third of its last dimension), read straight from the mapped file."""
-    part = file.get_slice(name)
-    shape = list(part.get_shape())
-    want = list(parameter.shape)
+    part, want, size = file.get_slice(name), list(parameter.shape), parameter.shape[-1]
     if third is not None:
         want[-1] *= 3
-    if shape != want:
-        raise ValueError(f"{path}: {name} has the shape {shape}, the configuration asks for {want}")
-    if third is not None:
-        size = parameter.shape[-1]
-        part = part[..., third * size : (third + 1) * size]
-    else:
-        part = part[:]
+    if part.get_shape() != want:
+        raise ValueError(f"{path}: {name} has the shape {part.get_shape()}, the configuration asks for {want}")
+    part = part[:] if third is None else part[..., third * size : (third + 1) * size]
     if not part.is_floating_point():
         raise ValueError(f"{path}: {name} is {part.dtype}, not a floating-point tensor")
     parameter.copy_(part)

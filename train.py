@@ -30,9 +30,8 @@ from torch.nn.parallel import DistributedDataParallel
 import dart
 import data
 from dart import option
-from eval import (DTYPES, Parser, RunOptions, accuracy_text, check_room, check_vocabulary, latency, load_run, markdown,
-                  merged, one_line_errors, parse_options, pick_device, read_json, read_run, summary,
-                  write_atomically)  # fmt: skip
+from eval import (DTYPES, Parser, RunOptions, check_room, check_vocabulary, compare_runs, one_line_errors, parse_options,
+                  pick_device, read_json, read_run, write_atomically)  # fmt: skip
 from model import MODELS, ModelConfig, Transformer
 
 # ----------------------------------------------------------------------------------------------------------- options
@@ -132,6 +131,7 @@ def start_processes(options):
 
 RUN_FILES = ("config.json", "adapter.safetensors", "trainer.safetensors", "log.jsonl", "result.json", "table.md",
              "words.json", "tokenizer.model", "vocab.json", "merges.txt")  # fmt: skip
+TRAIN_SAMPLE = 500  # so many training problems are answered for the table of a comparison
 FREE_TO_CHANGE = ("out", "resume", "overwrite", "compare", "device")  # between a run and its resumption
 
 
@@ -403,7 +403,9 @@ def train(run, rank, world, device):
         mine = batch[rank::world]
         micro_batches = make_micro_batches(run, mine, device)
         if step == 1:
-            log.show(first_rows(method, {name: some[batch[0]] for name, some in run.rows.items()}))
+            log.show("the first problem of the first batch: each token, and what it weighs in the loss")
+            for name, some in run.rows.items():
+                log.show(f"{name}\n{data.picture(some[batch[0]], method.tokenizer)}")
         torch.manual_seed(int(np.random.SeedSequence((options.seed, step, rank)).generate_state(1)[0]))  # for dropout
         losses = train_step(wrapped, method, micro_batches, len(mine))
         norm = torch.nn.utils.clip_grad_norm_(parameters, options.grad_clip or math.inf)
@@ -476,35 +478,10 @@ class Meter:
         return {"step": step, **losses, "lr": lr, "grad_norm": norm, **totals}, text
 
 
-def first_rows(method, rows):
-    """The picture of one problem's tokens and loss weights in every pathway."""
-    pictures = (f"{name}\n{data.picture(row, method.tokenizer)}" for name, row in rows.items())
-    return "the first problem of the first batch: each token, and what it weighs in the loss\n" + "\n".join(pictures)
-
-
-# ------------------------------------------------------------------------------------------------------------ program
-
-
-TRAIN_SAMPLE = 500  # so many training problems are answered for the table
-
-
 def conclude(options, runs, result, device):
-    """The table of a comparison on the test split, through every pathway: printed, and left in the run's directory."""
-    out, rows, figures = Path(options.out), [], []
-    train, test = (data.load(options.data, split, options.seed) for split in ("train", "test"))
-    for one in runs:
-        method, _ = load_run(one.out, device=device)
-        for name, pathway in reversed(method.pathways.items()):
-            model, tokenizer = merged(method, name), method.tokenizer
-            found, known = (dart.evaluate(model, tokenizer, pathway, problems, options.max_new_tokens)
-                            for problems in (test, train[:TRAIN_SAMPLE]))  # fmt: skip
-            seconds = latency(model, tokenizer, pathway, [p.question for p in test[:50]], options.max_new_tokens)
-            row = {"method": one.method, "pathway": name, **summary(found, seconds), "train": summary(known, [])["strict"]}
-            figures.append(row)
-            rows.append({"method": one.method, "answers through": name, "test % (95 %)": accuracy_text(row), "n": row["n"],
-                         "train %": f"{100 * row['train']:.1f}", "passes": f"{row['passes']:.1f}",
-                         "ms": f"{row['ms']:.1f}"})  # fmt: skip
-    text = markdown(rows) + "\n"
+    """The table of a comparison on the test split: printed, and left in the run's directory."""
+    out, train, test = Path(options.out), *(data.load(options.data, split, options.seed) for split in ("train", "test"))
+    text, figures = compare_runs([one.out for one in runs], test, train[:TRAIN_SAMPLE], device)
     if options.data == "demo":
         result = {**result, "chance": data.demo_chance(test)}
         text += f"\nGuessing a remainder is right in {100 * result['chance']:.1f} % of the test problems.\n"
