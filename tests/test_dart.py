@@ -2,6 +2,7 @@
 
 import base64
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -98,6 +99,12 @@ def test_layouts_of_the_built_in_task():
 <bos> bob has 9 eggs ? Answer :   1   <eos>
 .     .   .   . .    . 1/2    1/2 1/2 1/2"""  # one step, dropped: the row stays, the separator alone is Z
     assert pictures(make("dart"), PROBLEMS[2])["cot"] == pictures(make("cot", last_step="drop"), PROBLEMS[2])["cot"] == empty
+
+
+def test_the_picture_in_the_readme_is_what_the_code_prints():
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    for picture in pictures(make("dart", n_st=4), PROBLEMS[0]).values():
+        assert f"\n{picture}\n" in readme
 
 
 def test_layout_with_a_tokenizer_that_would_merge_across_the_seams(tmp_path):
