@@ -129,8 +129,9 @@ def start_processes(options):
     return rank, world, device
 
 
-RUN_FILES = ("config.json", "adapter.safetensors", "trainer.safetensors", "log.jsonl", "result.json", "table.md",
-             "words.json", "tokenizer.model", "vocab.json", "merges.txt")  # fmt: skip
+# The files of a run beside config.json, which says what they are.
+RUN_FILES = ("adapter.safetensors", "trainer.safetensors", "log.jsonl", "result.json", "table.md", "words.json",
+             "tokenizer.model", "vocab.json", "merges.txt")  # fmt: skip
 TRAIN_SAMPLE = 500  # so many training problems are answered for the table of a comparison
 FREE_TO_CHANGE = ("out", "resume", "overwrite", "compare", "device")  # between a run and its resumption
 
@@ -159,15 +160,15 @@ def check_out(options):
 
 
 def claim(run, world):
-    """Makes the checked directory that of this run, which has been prepared: nothing old is given up before."""
+    """Makes the checked directory that of this run, which has been prepared: nothing old is given up before. Stopped
+    anywhere within, it leaves a directory that may be resumed or overwritten."""
     out = Path(run.options.out)
     out.mkdir(parents=True, exist_ok=True)
-    if run.options.resume and (out / "config.json").is_file():
-        return
-    for name in RUN_FILES:
-        (out / name).unlink(missing_ok=True)
+    if not run.options.resume or not (out / "config.json").is_file():
+        for name in RUN_FILES:
+            (out / name).unlink(missing_ok=True)
+        write_atomically(out / "config.json", json.dumps(describe(run, world), indent=1) + "\n")
     run.method.tokenizer.save(out)
-    write_atomically(out / "config.json", json.dumps(describe(run, world), indent=1) + "\n")
 
 
 def describe(run, world):

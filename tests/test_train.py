@@ -186,6 +186,15 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(tmp_path, monkey
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+def test_a_run_that_was_stopped_before_its_first_checkpoint_starts_again(tmp_path):
+    whole = run(tmp_path / "run")
+    for path in (tmp_path / "run").iterdir():
+        if path.name != "config.json":
+            path.unlink()
+    assert losses(run(tmp_path / "run", "--resume")) == losses(whole)
+    evaluation.load_run(tmp_path / "run")
+
+
 def test_a_finished_run_is_not_trained_again(tmp_path):
     run(tmp_path / "run", "--compare", "no-cot")
     before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*.safetensors")}
