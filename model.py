@@ -503,14 +503,14 @@ class Transformer(nn.Module):
 # ----------------------------------------------------------------------------------------------------------- loading
 
 
-GPT2_NAMES = {"wte": "embed_tokens", "wpe": "embed_positions", "h": "layers", "ln_1": "input_layernorm",
-              "ln_2": "post_attention_layernorm", "attn": "self_attn", "c_fc": "up_proj", "ln_f": "norm"}  # fmt: skip
+GPT2_NAMES = {"embed_tokens": "wte", "embed_positions": "wpe", "layers": "h", "input_layernorm": "ln_1",
+              "post_attention_layernorm": "ln_2", "self_attn": "attn", "up_proj": "c_fc", "norm": "ln_f",
+              "q_proj": "c_attn", "k_proj": "c_attn", "v_proj": "c_attn", "o_proj": "c_proj", "down_proj": "c_proj"}  # fmt: skip
 
 
 def _checkpoint_names(model):
     """For each base parameter: its name in a Hugging Face checkpoint, without the model's prefix, and which third of
     GPT-2's c_attn it is (None elsewhere)."""
-    gpt2 = {ours: theirs for theirs, ours in GPT2_NAMES.items()}
     for name, parameter in model.named_parameters():
         parts, third = name.split("."), None
         if parts[-1] in ("lora_a", "lora_b", "r1", "r2", "extra_rows"):
@@ -518,10 +518,9 @@ def _checkpoint_names(model):
         if parts[-1] in ("embed_tokens", "embed_positions", "lm_head"):
             parts.append("weight")
         if model.config.model_type == "gpt2":
-            if parts[-2] in ("q_proj", "k_proj", "v_proj"):
+            if GPT2_NAMES.get(parts[-2]) == "c_attn":
                 third = "qkv".index(parts[-2][0])
-                parts[-2] = "c_attn"
-            parts = ["c_proj" if part in ("o_proj", "down_proj") else gpt2.get(part, part) for part in parts]
+            parts = [GPT2_NAMES.get(part, part) for part in parts]
         yield ".".join(parts), parameter, third
 
 
