@@ -331,7 +331,7 @@ WINDOW, GROUP = 256, 16  # in global batches: rows are sorted by length within a
 def epoch_batches(lengths, batch_size, seed, epoch):
     """The global batches of one epoch: a list of index arrays [batch_size], a pure function of the arguments.
 
-    lengths [N, P]: the tokens of each problem in each of P pathways. The problems are shuffled, windows of WINDOW batches
+    lengths [N, P]: the tokens of each problem in each of P pathways, N >= batch_size. The problems are shuffled, windows of WINDOW batches
     sorted by their length in the last pathway, groups of GROUP batches therein by that in the first, cut into batches,
     and the batches shuffled: the rows of a batch are of about one length in every pathway, so that little is padding.
     What does not fill a batch waits for another epoch's shuffle.

@@ -127,7 +127,7 @@ class RunOptions(dart.Options):
     random_init: bool = option(False, "random weights; --model may then be a name, or a directory with only config.json")
     data: str = option("", "directory with train.txt and valid.txt in GSM8K-Aug's format, or 'demo', the built-in task")
     dtype: str = option("bf16", "of the computation and of frozen weights", choices=tuple(DTYPES))
-    seed: int = option(0, "of weights, data order and dropout")
+    seed: int = option(0, "of weights, data order and dropout", high=2**32 - 1)
     max_new_tokens: int = option(256, "tokens an answer may have, CoT included", low=1)
 
     @property

@@ -102,8 +102,9 @@ def read_options(argv):
     if options.resume and options.overwrite:
         raise ValueError("--resume and --overwrite contradict each other")
     for name in ("model", "tokenizer", "data"):  # the run must find them again, from wherever it is evaluated
-        if Path(getattr(options, name)).is_dir() and getattr(options, name):
-            setattr(options, name, str(Path(getattr(options, name)).resolve()))
+        value = getattr(options, name)
+        if value and Path(value).is_dir():
+            setattr(options, name, str(Path(value).resolve()))
     return options
 
 

@@ -307,6 +307,7 @@ def test_overwriting_replaces_the_run_and_nothing_else(tmp_path):
         (["--eval_size", "0"], "--eval_size 0: not a number of at least 1"),
         (["--max_new_tokens", "60"], "but the model has 64 positions"),
         (["--lr", "nan"], "--lr nan"),
+        (["--seed", str(2**80)], "and at most 4294967295"),
         (["--batch_size", "0"], "--batch_size 0: not a number of at least 1"),
         (["--method", "magic"], "invalid choice: 'magic'"),
         (["--preset", "llama-4"], "--preset llama-4: there are llama-3.2-1b"),
