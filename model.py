@@ -52,7 +52,7 @@ class ModelConfig:
         """
         path = Path(directory) / "config.json"
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file; a model directory holds config.json and model.safetensors")
+            raise FileNotFoundError(f"{path}: no such file; a model directory holds config.json and its weights")
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
             return (_read_gpt2 if raw.get("model_type") == "gpt2" else _read_llama)(raw)
@@ -93,9 +93,12 @@ def _expect(raw, **supported):
 
 
 def _read_llama(raw):
-    _expect(raw, model_type=("llama", "qwen2"), hidden_act=("silu",), mlp_bias=(False,), quantization_config=(None,),
-            use_sliding_window=(False,), attention_bias=(False,) if raw.get("model_type") == "llama" else (True, False))  # fmt: skip
+    layer_types = sorted(set(raw.get("layer_types") or ["full_attention"]))
+    _expect(raw | {"layer_types": layer_types}, model_type=("llama", "qwen2"), hidden_act=("silu",), mlp_bias=(False,),
+            attention_bias=(False,) if raw.get("model_type") == "llama" else (True, False), quantization_config=(None,),
+            use_sliding_window=(False,), layer_types=(["full_attention"],))  # fmt: skip
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    _expect(raw | rope, partial_rotary_factor=(1.0, None))
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ("default", "llama3"):
         raise ValueError(f"rope type {rope_type!r} is not supported (only 'default', 'llama3')")
@@ -383,13 +386,13 @@ class Transformer(nn.Module):
 
     @classmethod
     def from_pretrained(cls, directory, adapters=Adapters(), dtype=torch.float32, device=None, compute_dtype=None):
-        """The model of a Hugging Face directory: config.json and model.safetensors.
+        """The model of a Hugging Face directory: config.json, and model.safetensors or the shards of an index.
 
         Raises FileNotFoundError or ValueError, naming the file and the field or tensor.
         """
         config = ModelConfig.from_pretrained(directory)
         model = cls(config, adapters, dtype, device, compute_dtype, random_init=False)
-        _load_base(model, Path(directory) / "model.safetensors")
+        _load_base(model, directory)
         model.init_extra_rows()
         return model
 
@@ -490,14 +493,12 @@ class Transformer(nn.Module):
 
     def load_adapter_state(self, path, complete=False):
         """Reads a safetensors file of `adapter_state`. Raises ValueError for a missing, extra or mis-shaped tensor."""
-        own = self.adapter_state(complete)
-        with _open_safetensors(path) as file:
-            if set(file.keys()) != set(own):
-                odd = sorted(set(file.keys()) ^ set(own))
-                raise ValueError(f"{path}: {odd[0]} and {len(odd) - 1} other tensors are on one side only: the file is "
-                                 f"of a model with other adapters")  # fmt: skip
-            for name, tensor in own.items():
-                _copy(tensor, file, name, path)
+        own, stored = self.adapter_state(complete), _tensor_names(path)
+        if odd := sorted(set(stored) ^ set(own)):
+            raise ValueError(f"{path}: {odd[0]} and {len(odd) - 1} other tensors are on one side only: the file is "
+                             f"of a model with other adapters")  # fmt: skip
+        for name, tensor in own.items():
+            _copy(tensor, path, name)
 
 
 # ----------------------------------------------------------------------------------------------------------- loading
@@ -533,34 +534,62 @@ def _open_safetensors(path):
         raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
 
 
+def _tensor_names(path):
+    with _open_safetensors(path) as file:
+        return list(file.keys())
+
+
+def _weight_files(directory):
+    """{tensor name: the file that holds it}, of model.safetensors, or of the shards that an index lists."""
+    path = Path(directory) / "model.safetensors"
+    if path.is_file():
+        return dict.fromkeys(_tensor_names(path), path)
+    index = Path(f"{path}.index.json")
+    if not index.is_file():
+        raise FileNotFoundError(f"{path}: no such file, nor {index.name} (weights in other formats are not read)")
+    try:
+        listed = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        paths = {shard: index.with_name(shard) for shard in sorted(set(listed.values()))}
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{index}: not an index of files beside it ({error!r})") from None
+    for shard, path in paths.items():
+        if odd := {name for name in listed if listed[name] == shard} ^ set(_tensor_names(path)):
+            raise ValueError(f"{index}: {min(odd)} is in {shard} or in its list here, but not in both")
+    return {name: paths[shard] for name, shard in listed.items()}
+
+
 @torch.no_grad()
-def _copy(parameter, file, name, path, third=None):
-    """parameter <- the file's tensor (or that third of its last dimension), read straight from the mapped file."""
-    part, want, size = file.get_slice(name), list(parameter.shape), parameter.shape[-1]
-    if third is not None:
-        want[-1] *= 3
-    if part.get_shape() != want:
-        raise ValueError(f"{path}: {name} has the shape {part.get_shape()}, the configuration asks for {want}")
-    part = part[:] if third is None else part[..., third * size : (third + 1) * size]
+def _copy(parameter, path, name, third=None):
+    """parameter <- a file's tensor (or that third of its last dimension). The file is mapped for this tensor alone, or the
+    pages of all that was read before would count as memory in use."""
+    with _open_safetensors(path) as file:
+        part, want, size = file.get_slice(name), list(parameter.shape), parameter.shape[-1]
+        if third is not None:
+            want[-1] *= 3
+        if part.get_shape() != want:
+            raise ValueError(f"{path}: {name} has the shape {part.get_shape()}, the configuration asks for {want}")
+        part = part[:] if third is None else part[..., third * size : (third + 1) * size]
     if not part.is_floating_point():
         raise ValueError(f"{path}: {name} is {part.dtype}, not a floating-point tensor")
     parameter.copy_(part)
 
 
-def _load_base(model, path):
-    """Fills the base weights from a safetensors file; every tensor in it is used, or known to say nothing new."""
-    with _open_safetensors(path) as file:
-        prefix = "transformer." if model.config.model_type == "gpt2" else "model."
-        stored = {name.removeprefix(prefix): name for name in file.keys()}
-        used = set()
-        for name, parameter, third in _checkpoint_names(model):
-            if name not in stored:
-                raise ValueError(f"{path}: the tensor {'' if name == 'lm_head.weight' else prefix}{name} is missing")
-            _copy(parameter, file, stored[name], path, third)
-            used.add(name)
-        ignorable = [".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq"]  # causal masks, rope: computed here
-        if model.config.tie_word_embeddings:
-            ignorable.append("lm_head.weight")
-        extra = [stored[name] for name in stored if name not in used and not name.endswith(tuple(ignorable))]
-        if extra:
-            raise ValueError(f"{path}: the tensor {extra[0]} has no place in this model")
+def _load_base(model, directory):
+    """Fills the base weights; every tensor in the directory's files is used, or known to say nothing new."""
+    files = _weight_files(directory)
+    prefix = "transformer." if model.config.model_type == "gpt2" else "model."
+    stored, used = {}, set()
+    for name in files:
+        if stored.setdefault(name.removeprefix(prefix), name) != name:
+            raise ValueError(f"{directory}: {name} is there with and without {prefix!r}")
+    for name, parameter, third in _checkpoint_names(model):
+        if name not in stored:
+            raise ValueError(f"{directory}: the tensor {'' if name == 'lm_head.weight' else prefix}{name} is missing")
+        _copy(parameter, files[stored[name]], stored[name], third)
+        used.add(name)
+    ignorable = [".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq"]  # causal masks, rope: computed here
+    if model.config.tie_word_embeddings:
+        ignorable.append("lm_head.weight")
+    for name in stored.keys() - used:
+        if not name.endswith(tuple(ignorable)):
+            raise ValueError(f"{files[stored[name]]}: the tensor {stored[name]} has no place in this model")

@@ -1,16 +1,21 @@
-"""Makes tests/fixtures: tiny random models of the three families with what Hugging Face transformers computes for them.
+"""Makes tests/fixtures: tiny models and tokenizers, with what Hugging Face's libraries compute with them.
 
     pip install transformers && python tests/make_fixtures.py
 
-Each directory holds config.json and model.safetensors as `save_pretrained` writes them, and expected.safetensors: ids
+Each directory of a model (random weights) holds config.json and model.safetensors as `save_pretrained` writes them, and expected.safetensors: ids
 [1, 320], and at some positions the logits [P, V] and the output of every decoder layer [L, P, n], before the final norm.
 Every weight is drawn large enough to matter; the context that the rope is scaled for is short, so that it does, too.
+
+Each directory of a tokenizer (byte-level BPE, trained on the lines below) holds tokenizer.json, tokenizer_config.json, and
+expected.json: texts, and their ids when special tokens within are read as text.
 """
 
+import json
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
 
 T = 320
@@ -22,8 +27,14 @@ SHAPE = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_lay
 CONFIGS = {
     "llama": LlamaConfig(**SHAPE, num_key_value_heads=2, rope_parameters=ROPE, tie_word_embeddings=False),
     "qwen2": Qwen2Config(**SHAPE, num_key_value_heads=1, tie_word_embeddings=True),
+    # six heads on two for keys and values, together wider than the model; no rope scaling, tied; in several files
+    "llama-shards": LlamaConfig(**SHAPE | dict(num_attention_heads=6, hidden_size=24), num_key_value_heads=2, head_dim=8,
+                                tie_word_embeddings=True),
+    "qwen2-untied": Qwen2Config(**SHAPE, num_key_value_heads=4, tie_word_embeddings=False),
     "gpt2": GPT2Config(vocab_size=96, n_embd=32, n_layer=3, n_head=4, n_positions=512),
-}
+    "gpt2-untied": GPT2Config(vocab_size=96, n_embd=24, n_layer=2, n_head=2, n_positions=512, n_inner=40,
+                              tie_word_embeddings=False),
+}  # fmt: skip
 
 
 def make(directory, config):
@@ -42,14 +53,57 @@ def make(directory, config):
     with torch.no_grad():
         logits = model(ids).logits[0, POSITIONS]
     states = torch.stack([out[0, POSITIONS] for out in outputs])
-    model.save_pretrained(directory)
+    model.save_pretrained(directory, max_shard_size="40KB" if directory.name.endswith("shards") else "5GB")
     expected = {"ids": ids, "positions": torch.tensor(POSITIONS), "logits": logits, "states": states}
     save_file({name: tensor.contiguous() for name, tensor in expected.items()}, directory / "expected.safetensors")
 
 
+LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+          r"\s+(?!\S)|\s+")  # fmt: skip
+TOKENIZERS = {  # pattern (None: GPT-2's own), the special tokens, the one put first, others that are ordinary words
+    "tokenizer-llama3": (LLAMA3, ["<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>"], True, []),
+    "tokenizer-qwen2": (LLAMA3.replace("{1,3}", ""), ["<|endoftext|>", "<|im_end|>"], False, ["<tool_call>"]),
+    "tokenizer-gpt2": (None, ["<|endoftext|>"], False, []),
+}
+LINES = ["Answer: 744. <<800*7/100=56>> <<800-56=744>> Answer:", "How many apples does she have left, and how much money?",
+         "The answer isn't here; we've sold 12,345 of them.", "naïve café, Zoë's größte Übung — 10 € für 3½ Stück",
+         "日本語のテキストと数字 123", "русский текст и ещё немного", "\n\n\tif x == 1:\r\n    return  y"]  # fmt: skip
+TEXTS = LINES + ["", " ", "   a", "a" * 300, "7" * 50, " " * 300 + "x", "\n" * 40, "I'LL we'Re 'S ſ 'ſ", "e\u0301 Å \u212b ﬁ ①²Ⅷ",
+                 "👩‍👩‍👧‍👦🏽 🇩🇪 ☂️", "\x00\x07\x1b\x7f\x85\xa0\u2028\ufeff", "שלום مرحبا हिन्दी ไทย ١٢٣", "<tool_call> a<tool_call>b",
+                 "a<|begin_of_text|><|end_of_text|>b <|endoftext|><|im_end|> <|reserved_special_token_0|>"]  # fmt: skip
+
+
+def make_tokenizer(directory, pattern, special, first, words):
+    tokenizer = Tokenizer(models.BPE(ignore_merges=pattern == LLAMA3))
+    tokenizer.normalizer = normalizers.NFC() if words else None
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
+    split = [] if pattern is None else [pre_tokenizers.Split(Regex(pattern), "isolated")]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*split, byte_level]) if split else byte_level
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(LINES * 3, trainers.BpeTrainer(vocab_size=420, initial_alphabet=alphabet, show_progress=False))
+    tokenizer.add_special_tokens(special)
+    tokenizer.add_tokens([AddedToken(word, normalized=False) for word in words])
+    if first:
+        template = {"single": f"{special[0]} $A", "special_tokens": [(special[0], tokenizer.token_to_id(special[0]))]}
+        tokenizer.post_processor = processors.Sequence([processors.ByteLevel(), processors.TemplateProcessing(**template)])
+    raw = json.loads(tokenizer.to_str())
+    if pattern == LLAMA3:  # as in Llama-3's own file, every way to split a token is a merge
+        vocab = raw["model"]["vocab"]
+        raw["model"]["merges"] = [[token[:i], token[i:]] for token in sorted(vocab, key=vocab.get) for i in range(1, len(token))
+                                  if token[:i] in vocab and token[i:] in vocab]  # fmt: skip
+    tokenizer = Tokenizer.from_str(json.dumps(raw))
+    tokenizer.encode_special_tokens = True
+    ids = [tokenizer.encode(text, add_special_tokens=False).ids for text in TEXTS]
+    (directory / "tokenizer.json").write_text(json.dumps(raw, ensure_ascii=False))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": special[-1] if words else special[first]}))
+    (directory / "expected.json").write_text(json.dumps({"texts": TEXTS, "ids": ids}))
+
+
 if __name__ == "__main__":
-    for name, config in CONFIGS.items():
-        directory = Path(__file__).parent / "fixtures" / name
-        directory.mkdir(parents=True, exist_ok=True)
-        make(directory, config)
-        (directory / "generation_config.json").unlink(missing_ok=True)
+    for table, function in ((CONFIGS, make), (TOKENIZERS, lambda at, args: make_tokenizer(at, *args))):
+        for name, arguments in table.items():
+            directory = Path(__file__).parent / "fixtures" / name
+            directory.mkdir(parents=True, exist_ok=True)
+            function(directory, arguments)
+            (directory / "generation_config.json").unlink(missing_ok=True)

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from model import MODELS, Adapters, KVCache, ModelConfig, Transformer, rope_freq
 
 FIXTURES = Path(__file__).parent / "fixtures"
 FAMILIES = ("llama", "qwen2", "gpt2")
+MODEL_FIXTURES = (*FAMILIES, "llama-shards", "qwen2-untied", "gpt2-untied")
 ADAPTERS = Adapters(lora_rank=3, lora_alpha=6, rem_rank=2, rem_alpha=3)
 
 
@@ -38,7 +41,7 @@ def adapted(family, adapters=ADAPTERS, seed=0):
 # ------------------------------------------------------------------------------------- parity with transformers
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MODEL_FIXTURES)
 def test_logits_and_every_layer_agree_with_transformers(family):
     want = expected(family)
     model = Transformer.from_pretrained(FIXTURES / family)
@@ -51,7 +54,7 @@ def test_logits_and_every_layer_agree_with_transformers(family):
         assert relative(ours, theirs) <= 1e-5
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MODEL_FIXTURES)
 def test_bf16_agrees_within_what_bf16_allows(family):
     want = expected(family)
     model = Transformer.from_pretrained(FIXTURES / family, dtype=torch.bfloat16)
@@ -59,6 +62,12 @@ def test_bf16_agrees_within_what_bf16_allows(family):
         logits = model.logits(model(want["ids"])).float()[0, want["positions"]]
     rms = ((logits - want["logits"]).square().mean() / want["logits"].square().mean()).sqrt()
     assert 1e-4 < rms < 0.03  # 2^-9 a rounding, some tens of roundings on the way; and it really is bf16
+
+
+def test_the_fixtures_cover_tied_and_untied_heads_and_four_sizes_of_groups():
+    configs = [ModelConfig.from_pretrained(FIXTURES / family) for family in MODEL_FIXTURES]
+    assert {c.num_attention_heads // c.num_key_value_heads for c in configs} == {1, 2, 3, 4}
+    assert {(c.model_type, c.tie_word_embeddings) for c in configs} == {(f, tied) for f in FAMILIES for tied in (True, False)}
 
 
 def test_norms_and_rope_are_computed_in_fp32_on_bf16_input():
@@ -332,7 +341,9 @@ def write_config(directory, family, **changes):
         ("llama", "hidden_size", "32"),
         ("llama", "num_key_value_heads", 3),
         ("llama", "tie_word_embeddings", "false"),
+        ("llama", "partial_rotary_factor", 0.5),
         ("qwen2", "use_sliding_window", True),
+        ("qwen2", "layer_types", ["full_attention", "sliding_attention", "full_attention"]),
         ("gpt2", "activation_function", "gelu"),
         ("gpt2", "scale_attn_by_inverse_layer_idx", True),
         ("gpt2", "n_embd", 33),
@@ -402,6 +413,77 @@ def test_a_truncated_file_is_named(tmp_path):
         (tmp_path / "model.safetensors").write_bytes(whole[:size])
         with pytest.raises(ValueError, match="not a whole safetensors file"):
             Transformer.from_pretrained(tmp_path)
+
+
+def read_index(directory):
+    return json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda index: index.pop("model.norm.weight"), r"index.json: model.norm.weight is in model-0000\d-of-00003"),
+        (lambda index: index.update({"model.norm.bias": index["model.norm.weight"]}), "index.json: model.norm.bias is in"),
+        (lambda index: index.update({"x": "../llama/model.safetensors"}), "files beside it.*Invalid name"),
+        (lambda index: index.update({"x": ".."}), "no such file"),
+        (lambda index: index.update({"x": "model-00004-of-00004.safetensors"}), "model-00004-of-00004.safetensors: no such"),
+        (lambda index: index.update({"x": 3}), "files beside it"),
+        (lambda index: index.clear(), "model.embed_tokens.weight is missing"),
+    ],
+)
+def test_an_index_that_does_not_fit_its_shards_is_named(tmp_path, change, message):
+    shutil.copytree(FIXTURES / "llama-shards", tmp_path, dirs_exist_ok=True)
+    index = read_index(tmp_path)
+    assert len(set(index.values())) == 3
+    change(index)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        Transformer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": ["a"]}', "\xff", "[" * 100000])
+def test_a_broken_index_is_named(tmp_path, text):
+    shutil.copytree(FIXTURES / "llama-shards", tmp_path, dirs_exist_ok=True)
+    (tmp_path / "model.safetensors.index.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match="index.json: not an index"):
+        Transformer.from_pretrained(tmp_path)
+
+
+def test_a_tensor_that_is_there_twice_is_refused(tmp_path):
+    shutil.copy(FIXTURES / "gpt2" / "config.json", tmp_path)
+    tensors = load_file(FIXTURES / "gpt2" / "model.safetensors")
+    save_file({**tensors, "wte.weight": tensors["transformer.wte.weight"] + 1}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="wte.weight is there with and without"):
+        Transformer.from_pretrained(tmp_path)
+
+
+MEASURE_LOADING = """
+import re, sys, torch, model
+def peak(): return 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+before = peak()
+loaded = model.Transformer.from_pretrained(sys.argv[1], dtype=getattr(torch, sys.argv[2]))
+print((peak() - before) / sum(p.numel() * p.element_size() for p in loaded.parameters()))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of memory where Linux has it")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_loading_takes_little_more_memory_than_the_model(tmp_path, dtype):
+    """The peak of a whole process over what it had before, by the model's size: 167 MB in fp32, two shards."""
+    config = {"model_type": "llama", "vocab_size": 16000, "hidden_size": 512, "intermediate_size": 1536,
+              "num_hidden_layers": 8, "num_attention_heads": 8, "max_position_embeddings": 64, "rms_norm_eps": 1e-5}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    meta = Transformer(ModelConfig.from_pretrained(tmp_path), device="meta", random_init=False)
+    tensors = {"lm_head.weight" if name == "lm_head" else f"model.{name.replace('embed_tokens', 'embed_tokens.weight')}":
+               torch.ones(p.shape) for name, p in meta.named_parameters()}  # fmt: skip
+    shards = [dict(list(tensors.items())[i::2]) for i in range(2)]
+    for i, shard in enumerate(shards):
+        save_file(shard, tmp_path / f"{i}.safetensors")
+    index = {name: f"{i}.safetensors" for i, shard in enumerate(shards) for name in shard}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    command = [sys.executable, "-c", MEASURE_LOADING, str(tmp_path), dtype]
+    ratio = float(subprocess.check_output(command, cwd=FIXTURES.parent.parent, text=True))
+    assert 0.9 < ratio < 1.2
 
 
 def test_gpt2_loads_with_and_without_prefix_and_ignores_the_mask_buffers(tmp_path):
