@@ -70,7 +70,7 @@ class Pathway:
         ids = tokenizer.encode(normalise(question), bos=True, eos=False)
         if self.steps:
             return ids
-        return ids + [self.fill_id] * self.n_fill + tokenizer.encode(SEPARATOR, bos=False, eos=False)
+        return ids + [self.fill_id] * self.n_fill + tokenizer.encode(SEPARATOR, bos=False, eos=False, continued=True)
 
     def row(self, problem, tokenizer):
         """The row that is learned: prompt, Z where the model writes it, Y and EOS. The pieces are encoded one by one, so
@@ -78,9 +78,9 @@ class Pathway:
         prompt, z = self.prompt(problem.question, tokenizer), []
         if self.steps:
             steps = problem.steps[:-1] if self.drop_last_step else problem.steps
-            z = tokenizer.encode(" ".join(steps), bos=False, eos=False)
-            z += tokenizer.encode(SEPARATOR, bos=False, eos=False)
-        y = tokenizer.encode(problem.answer, bos=False, eos=True)
+            z = tokenizer.encode(" ".join(steps), bos=False, eos=False, continued=True)
+            z += tokenizer.encode(SEPARATOR, bos=False, eos=False, continued=True)
+        y = tokenizer.encode(problem.answer, bos=False, eos=True, continued=True)
         return Row(np.array(prompt + z + y, dtype=np.int32), len(prompt), len(prompt) + len(z))
 
     def read(self, text):

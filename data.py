@@ -1,19 +1,37 @@
 """Problems, tokenizers, rows and batches. Nothing here knows a model or a training method.
 
+    python data.py gsm8k-aug svamp                     downloads data sets into datasets/ and checks them
+    python data.py stats svamp --tokenizer DIR         says what is in them
+
 A problem is (question, steps, answer). A row is one problem laid out as token ids for one pathway; a batch is some
 rows padded on the right. Which rows make which batch is a pure function of (seed, epoch), whatever the number of
 processes.
 """
 
+import argparse
 import base64
-import binascii
+import contextlib
+import functools
+import hashlib
+import http.client
 import json
+import math
+import os
 import re
+import ssl
+import sys
+import time
+import unicodedata
+import urllib.error
+import urllib.request
+from collections import Counter
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import sentencepiece
 import tiktoken
 import torch
 
@@ -31,55 +49,220 @@ def normalise(question):
     return re.sub(r"[ \t]+", " ", question).strip()
 
 
-def load(name_or_path, split, seed=0):
+def load(name_or_path, split, seed=0, data_dir="datasets"):
     """list[Problem] of a data set.
 
-    name_or_path: 'demo' (the built-in task, its split drawn by `seed`), a directory that holds `split`.txt, or a file
-    (which is then every split). split: 'train', 'valid' or 'test'. Files are in GSM8K-Aug's format, see `read_gsm8k_aug`.
+    name_or_path: 'demo' (the built-in task, its split drawn by `seed`); a name in DATASETS, whose files lie in
+    data_dir/name; a directory that holds `split`.txt or `split`.jsonl; or a file, which is then every split. Files that
+    end in .txt are in GSM8K-Aug's format (`read_gsm8k_aug`), others hold records {"question", "steps", "answer"}
+    (`read_records`). split: 'train', 'valid' or 'test'. Raises FileNotFoundError, or ValueError with file, line and field.
     """
     if split not in ("train", "valid", "test"):
         raise ValueError(f"no split {split!r}; there are train, valid and test")
     if name_or_path == "demo":
         return demo_problems(seed)[split]
+    if name_or_path in DATASETS:
+        return load_published(name_or_path, split, data_dir)
     path = Path(name_or_path)
     if path.is_dir():
-        path = path / f"{split}.txt"
-    return read_gsm8k_aug(path)
+        path = next((path / f"{split}{end}" for end in (".txt", ".jsonl") if (path / f"{split}{end}").is_file()), None)
+        if path is None:
+            raise FileNotFoundError(f"{name_or_path}: neither {split}.txt nor {split}.jsonl is in it")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such data file, and no data set of that name: {', '.join(['demo', *DATASETS])}")
+    return read_gsm8k_aug(path) if path.suffix == ".txt" else read_records(path)
+
+
+def _text(path):
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ValueError(f"{path}:{line}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    if text.startswith("version https://git-lfs"):
+        raise ValueError(f"{path}: a Git LFS pointer, not the data; fetch the file itself")
+    if not text.strip():
+        raise ValueError(f"{path}: the file is empty")
+    return text
+
+
+def _lines(text):
+    """(number, line) of each line, the last ones left out where they are blank."""
+    return enumerate(text.rstrip().split("\n"), 1)
+
+
+def _problem(where, question, steps, answer):
+    problem = Problem(normalise(question), [step.strip() for step in steps], answer.strip())
+    for name, texts in zip(Problem._fields, ([problem.question], problem.steps, [problem.answer]), strict=True):
+        if not all(texts):
+            raise ValueError(f"{where}: the {name} is empty" if name != "steps" else f"{where}: a step is empty")
+        try:
+            "".join(texts).encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{where}: the {name} holds half a character (a lone surrogate)") from None
+    return problem
 
 
 def read_gsm8k_aug(path):
     """A file of GSM8K-Aug (Deng et al. 2023): one problem a line, `question||<<step>> <<step>> #### answer`.
 
-    There may be no step. Raises ValueError with file and line number, FileNotFoundError where there is no file.
+    There may be no step. Raises ValueError with file and line number.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such data file")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-    if lines[-1].strip() == "":
-        lines.pop()
-    if not lines:
-        raise ValueError(f"{path}: the file is empty")
-    if lines[0].startswith("version https://git-lfs"):
-        raise ValueError(f"{path}: a Git LFS pointer, not the data; fetch the file itself")
     problems = []
-    for number, line in enumerate(lines, 1):
+    for number, line in _lines(_text(path)):
         question, bar, rest = line.partition("||")
         steps, hashes, answer = rest.rpartition("####")
-        steps, question, answer = steps.split(), normalise(question), answer.strip()
-        fault = None
         if not bar or not hashes:
-            fault = "not of the form 'question||<<step>> <<step>> #### answer'"
-        elif not question or not answer:
-            fault = "the question is empty" if not question else "the answer is empty"
-        elif bad := [step for step in steps if not (step.startswith("<<") and step.endswith(">>"))]:
-            fault = f"the step {bad[0]!r} is not of the form <<...>>"
-        if fault:
-            raise ValueError(f"{path}:{number}: {fault}")
-        problems.append(Problem(question, steps, answer))
+            raise ValueError(f"{path}:{number}: not of the form 'question||<<step>> <<step>> #### answer'")
+        if left := re.sub(r"<<.*?>>", "", steps).strip():
+            raise ValueError(f"{path}:{number}: {left[:40]!r} is not in a step of the form <<...>>")
+        problems.append(_problem(f"{path}:{number}", question, re.findall(r"<<.*?>>", steps), answer))
+    return problems
+
+
+def own_record(get):
+    """{"question": text, "steps": [text, ...], "answer": text or number}; there may be no steps."""
+    return get("question", str), get("steps", str, list, default=[]), get("answer", str, float)
+
+
+def read_records(path, make=own_record):
+    """A file of records, as a JSON list or as one JSON object a line. make(get) turns a record into (question, steps,
+    answer), where get is `_field` of it. Raises ValueError with file, line (or number of the record) and field."""
+    text, problems = _text(path), []
+    is_list = text.lstrip().startswith("[")
+    for where, part in [(path, text)] if is_list else ((f"{path}:{number}", line) for number, line in _lines(text)):
+        try:
+            value = json.loads(part)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{where}: not JSON ({error})") from None
+        for number, record in enumerate(value if is_list else [value], 1):
+            where = f"{path}: record {number}" if is_list else where
+            if not isinstance(record, dict):
+                raise ValueError(f"{where}: not a JSON object")
+            problems.append(_problem(where, *make(functools.partial(_field, where, record))))
+    if not problems:
+        raise ValueError(f"{path}: there is no record in it")
+    return problems
+
+
+def _field(where, record, name, *kinds, default=None):
+    """A field of a record as text. kinds: str; float, a number, written out (51.0 as 51, 2e-06 as 0.000002); list, of
+    texts or numbers."""
+    value = record.get(name, default)
+    values = value if list in kinds and isinstance(value, list) else [value]
+    if not (values is value or list not in kinds) or not all(
+        (str in kinds and isinstance(v, str)) or (float in kinds and type(v) in (int, float) and abs(v) < math.inf) for v in values
+    ):
+        wanted = {str: "text", float: "a number", list: "a list of it"}
+        raise ValueError(f"{where}: the field {name!r} is " + (f"{value!r:.60}" if name in record else "missing")
+                         + f", not {' or '.join(wanted[kind] for kind in kinds)}")  # fmt: skip
+    texts = [v if isinstance(v, str) else str(int(v)) if v == int(v) else f"{Decimal(repr(v)):f}" for v in values]
+    return texts if list in kinds else texts[0]
+
+
+# ------------------------------------------------------------------------------------------------ published data sets
+
+
+def gsm8k(get):
+    """GSM8K (Cobbe et al. 2021): the solution's calculations are the steps, as in GSM8K-Aug."""
+    solution, hashes, answer = get("answer", str).rpartition("####")
+    return get("question", str), re.findall(r"<<.*?>>", solution), answer if hashes else ""
+
+
+def gsm_hard(get):
+    """GSM-HARD (Gao et al. 2023): GSM8K's test questions with large numbers."""
+    return get("input", str), [], get("target", float)
+
+
+def svamp(get):
+    """SVAMP (Patel et al. 2021)."""
+    body = get("Body", str).strip()
+    return f"{body}{'' if body.endswith('.') else '.'} {get('Question', str)}", [], get("Answer", float)
+
+
+def multiarith(get):
+    """MultiArith (Roy and Roth 2015)."""
+    return get("sQuestion", str), [], "".join(get("lSolutions", float, list)[:1])
+
+
+def commonsenseqa_cot(get):
+    """CommonsenseQA-CoT (Shen et al. 2025): the rationale as sentences in `steps`, or in one text, `cot`."""
+    steps = get("steps", str, list, default=[]) or re.split(r"(?<=[.!?])\s+", get("cot", str, default="").strip())
+    return get("question", str), [step for step in steps if step], get("answer", str)
+
+
+class Published(NamedTuple):
+    """One split of a data set: the file's name, its number of problems (Table 7), where it is, its size in bytes, and
+    its sha256, or the SHA-1 by which git knows it (40 digits); None where they are not known."""
+
+    file: str
+    count: int
+    url: str | None
+    size: int | None = None
+    digest: str | None = None
+
+
+RAW = "https://raw.githubusercontent.com/"
+ICOT = "da03/Internalize_CoT_Step_by_Step/e06a32ee5e4cd117171daeb4755d2a97ece62761/data/gsm8k/"
+GSM8K = RAW + "openai/grade-school-math/b0bb162abedc65e1fdd8e93ed090fd7598ee68bc/grade_school_math/data/"
+COCONUT = RAW + "facebookresearch/coconut/"
+ZERO_SHOT = RAW + "kojima-takeshi188/zero_shot_cot/2824685e25809779dbd36900a69825068e9f51ef/dataset/"
+
+# name -> (reader, {split: Published}); the addresses are those of one commit each, so that the files cannot change
+DATASETS = {
+    "gsm8k-aug": (read_gsm8k_aug, {
+        "train": Published("train.txt", 385_620, "https://media.githubusercontent.com/media/" + ICOT + "train.txt", 87_805_358,
+                           "0a3909a9e7d8d2f7ad6b8c7b5608aa744988d835f9bf874d4cf06ca77df6bf8c"),
+        "valid": Published("valid.txt", 500, RAW + ICOT + "valid.txt", 143_419,
+                           "04f9bddfe8ac4846571b1e2b612b289c95770b5012fdb34cc36a597b041afb87"),
+        "test": Published("test.txt", 1_319, RAW + ICOT + "test.txt", 388_019,
+                          "e464efa2713fbcf423bdbfb482c543a6a086188c3d97c294b1d19a70c2a515e8")}),
+    "gsm8k": (functools.partial(read_records, make=gsm8k), {
+        "train": Published("train.jsonl", 7_473, GSM8K + "train.jsonl", 4_166_206,
+                           "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465"),
+        "test": Published("test.jsonl", 1_319, GSM8K + "test.jsonl", 749_738,
+                          "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14")}),
+    "gsm-hard": (functools.partial(read_records, make=gsm_hard), {
+        "test": Published("gsmhardv2.jsonl", 1_319, RAW + "reasoning-machines/pal/9a51009fc45ab99b35955b49d89ba6091a904036/"
+                          "datasets/gsmhardv2.jsonl", 1_138_151,
+                          "2032b0188a49ac0ec38cbe1e695e7d62d6dddc44bbb64f920728aca710e9ddef")}),
+    "svamp": (functools.partial(read_records, make=svamp), {
+        "test": Published("SVAMP.json", 1_000, RAW + "arkilpatel/SVAMP/7827fb803c3f6b017086f75024515b15bf31900f/SVAMP.json",
+                          339_970, "5be77703a6d891ae476d7c082787ad361392aa02453b132516cdd5f4e7934e3e")}),
+    "multiarith": (functools.partial(read_records, make=multiarith), {
+        "test": Published("MultiArith.json", 600, ZERO_SHOT + "MultiArith/MultiArith.json", 254_012,
+                          "dc9db1b6cc68b1ecc2dec830d15aaf8c9a0932aa31d5ffce88ef3628179d36f4")}),
+    "prosqa": (read_records, {
+        "train": Published("prosqa_train.json", 17_886, COCONUT + "27273cb8cca4bb763c041a63b036d0c3b7cbbb48/data/"
+                           "prosqa_train.json", None, "cf26632b9d3f4e812966563eed769b1cfe40c624"),
+        "valid": Published("prosqa_valid.json", 300, COCONUT + "f248913ad54b0eb08480f491618c8dde012fb167/data/"
+                           "prosqa_valid.json", 518_208,
+                           "c74e0de24f1e90ec48b1a993e6458a7be4caeef3928f5104e3c2e45d689a5249"),
+        "test": Published("prosqa_test.json", 500, COCONUT + "f248913ad54b0eb08480f491618c8dde012fb167/data/prosqa_test.json",
+                          856_611, "82ddc0afe6ee30eb31bb16fa208e293e55278a20fa987098d48519cae7e12680")}),
+    "commonsenseqa-cot": (functools.partial(read_records, make=commonsenseqa_cot), {
+        "train": Published("train.jsonl", 8_096, None),
+        "test": Published("commonsenseqa_local.jsonl", 1_221, RAW + "J1mL1/causal-latent-cot/"
+                          "4f2f11fc2a0ed4281f48144e5bfb77c382885bb6/data/commonsenseqa_local.jsonl", 249_335,
+                          "adc4fe1f91d671f4c38025e688c787c8146fc866a76abddd7844ca9c90648701")}),
+}  # fmt: skip
+BY_HAND = """{path} is not to be had over plain HTTP; with the package `datasets`, this writes it:
+python -c "from datasets import load_dataset; load_dataset('zen-E/CommonsenseQA-GPT4omini', split='train').to_json('{path}')"
+"""
+
+
+def load_published(name, split, data_dir):
+    """A split of a set in DATASETS, as a whole: ValueError where the number of its problems is another."""
+    reader, splits = DATASETS[name]
+    if split not in splits:
+        raise ValueError(f"{name} has no {split} split, only {' and '.join(splits)}")
+    path = Path(data_dir) / name / splits[split].file
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; `python data.py {name}` fetches it (--data_dir says where to)")
+    problems = reader(path)
+    if len(problems) != splits[split].count:
+        raise ValueError(f"{path}: {len(problems)} problems, not the {splits[split].count} of {name}; as a set of its own it is "
+                         f"to be named by its path")  # fmt: skip
     return problems
 
 
@@ -134,13 +317,18 @@ def demo_chance(problems):
 
 # ----------------------------------------------------------------------------------------------------------- scoring
 
-NUMBER = re.compile(r"(?:(?<![\d)])-)?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?(?:/\d+)?")
+NUMBER = re.compile(r"(?:(?<![\d).])-)?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?(?:/\d+)?")
+LETTER = re.compile(r"(?:.*\banswer is\b)?\W*([A-Z])(?:[.:),].*|\W*)", re.DOTALL)
+TOLERANCE = 1e-6  # relative, of a number: GSM-HARD's gold answers have up to 17 digits
 
 
 def parse_number(text):
-    """The last number in a text as a float, None where there is none. Commas are dropped, 1/2 is read as 0.5, and a
-    minus behind a digit is an operator: '$1,234.' -> 1234, '10-5' -> 5."""
-    found = NUMBER.findall(text.replace(",", ""))
+    """The last number in a text as a float, None where there is none.
+
+    Read are 1,234 and $1,234. (1234), -$5 (-5), .5 and 5. (0.5, 5), 1/2 (0.5), 2.5e-3; a minus behind a digit or a bracket
+    is an operator: 10-5 is 5. Words for numbers are not read, nor units: 50% is 50.
+    """
+    found = NUMBER.findall(_bare(text))
     if not found:
         return None
     numerator, _, denominator = found[-1].partition("/")
@@ -149,21 +337,40 @@ def parse_number(text):
     return float(numerator) / float(denominator or 1)
 
 
+def _bare(text):
+    """Without currency signs and the commas of thousands."""
+    return re.sub(r"(?<=\d),(?=\d{3}(?!\d))|[$€£¥]", "", text.replace("\u2212", "-"))
+
+
+def answer_kind(gold):
+    """What a gold answer is: 'number', 'letter' (of a choice), or 'sentence'."""
+    if re.fullmatch(r"[A-Z]", gold):
+        return "letter"
+    return "number" if NUMBER.fullmatch(_bare(gold).rstrip(" %")) else "sentence"
+
+
 def score(text, gold):
-    """(strict, tolerant): the answer's text is the gold text; or says the same number to 1e-6 relative, or, where the
-    gold answer is no number, the same words whatever their case and final dot."""
-    strict = text.strip() == gold.strip()
-    want, got = parse_number(gold), parse_number(text)
-    if want is None:
-        return strict, text.strip().rstrip(".").lower() == gold.strip().rstrip(".").lower()
-    return strict, strict or (got is not None and abs(got - want) <= 1e-6 * abs(want))
+    """(strict, tolerant). Strict: the answer's text is the gold text, outer space aside. Tolerant, by the kind of the gold
+    answer: the last number is the same to TOLERANCE; the text is the letter, may be with a dot, a bracket, its choice, or
+    'the answer is'; the words are the same whatever their case and final dot. What cannot be read is wrong."""
+    strict, kind = text.strip() == gold.strip(), answer_kind(gold.strip())
+    if kind == "number":
+        want, got = parse_number(gold), parse_number(text)
+        return strict, strict or (None not in (want, got) and abs(got - want) <= TOLERANCE * abs(want))
+    if kind == "letter":
+        found = LETTER.fullmatch(text.strip())
+        return strict, found is not None and found[1] == gold.strip()
+    return strict, text.lower().rstrip(". \n").split() == gold.lower().rstrip(". \n").split()
 
 
 # -------------------------------------------------------------------------------------------------------- tokenizers
 
+# How a byte-level BPE cuts a text before it merges, where no tokenizer.json says it.
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
                   r"\s*[\r\n]+|\s+(?!\S)|\s+")  # fmt: skip
-GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+QWEN2_PATTERN = LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
+ST = "<|reserved_special_token_0|>"  # stands for <st> where a tokenizer has it
 
 
 class Words:
@@ -173,7 +380,7 @@ class Words:
         self.words = words
         self.ids = {word: i for i, word in enumerate(words)}
 
-    def encode_ordinary(self, text):
+    def encode(self, text, continued):
         tokens = re.findall(r"<<|>>|\d+|[^\W\d]+|[^\w\s]", text)
         if unknown := [token for token in tokens if token not in self.ids]:
             raise ValueError(f"{unknown[0]!r} is not in the vocabulary of the tokenizer's words.json")
@@ -184,37 +391,86 @@ class Words:
         return text.replace(">><<", ">> <<")
 
 
-class Tokenizer:
-    """Text to ids and back. bos_id and st_id (a reserved id that stands for <st>) are None where there is none."""
+class Tiktoken:
+    """A byte-level BPE. Of the added tokens (name -> id) only the `words` are found in a text: the names of special tokens
+    are text. nfc: the text is brought into Unicode's composed form first."""
 
-    def __init__(self, backend, files, size, eos_id, bos_id=None, st_id=None):
-        self.backend, self.files, self.size = backend, files, size  # files: name -> bytes, to be saved with a run
+    def __init__(self, pattern, ranks, added, words=(), nfc=False):
+        self.words, self.nfc, self.size = set(words), nfc, len(ranks) + len(added)
+        if sorted([*ranks.values(), *added.values()]) != list(range(self.size)):
+            raise ValueError(f"the ids of the {self.size} tokens are not 0 to {self.size - 1}")
+        if not all(bytes([byte]) in ranks for byte in range(256)):
+            raise ValueError("the vocabulary lacks one of the 256 bytes")
+        self.encoding = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens=added)
+        self.decode = self.encoding.decode
+        probe = "Ab, 12 ٣é中?!\n \t\x00🙂"
+        if self.decode(self.encoding.encode_ordinary(probe)) != probe:
+            raise ValueError(f"the pattern {pattern!r} loses a part of the text")
+
+    def encode(self, text, continued):
+        text = unicodedata.normalize("NFC", text) if self.nfc else text
+        return self.encoding.encode(text, allowed_special=self.words, disallowed_special=())
+
+
+class SentencePiece:
+    """A SentencePiece model. It puts a space before a text, but not before one that is `continued`."""
+
+    def __init__(self, proto):
+        if not proto:
+            raise ValueError("the file is empty")
+        try:
+            # The added bytes are a second normalizer_spec, {add_dummy_prefix: false}: protobuf merges it into the first.
+            self.start, self.go_on = (sentencepiece.SentencePieceProcessor(model_proto=proto + more)
+                                      for more in (b"", b"\x1a\x02\x18\x00"))  # fmt: skip
+        except RuntimeError:
+            raise ValueError("neither lines 'base64 rank' (Llama 3) nor a SentencePiece model (Llama 2)") from None
+        self.decode = self.start.decode
+
+    def encode(self, text, continued):
+        return (self.go_on if continued else self.start).encode(text)
+
+
+class Tokenizer:
+    """Text to ids and back. bos_id and st_id (a reserved id that stands for <st>) are None where there is none.
+
+    kind: what was read; files: name -> bytes, to be saved with a run.
+    """
+
+    def __init__(self, kind, backend, files, size, eos_id, bos_id=None, st_id=None):
+        self.kind, self.backend, self.files, self.size = kind, backend, files, size
         self.eos_id, self.bos_id, self.st_id = eos_id, bos_id, st_id
 
     @classmethod
     def from_pretrained(cls, directory):
-        """The tokenizer of a directory: words.json (the built-in task's), Llama-3's tokenizer.model (tiktoken ranks), or
-        GPT-2's vocab.json and merges.txt. Raises FileNotFoundError or ValueError, naming the file."""
+        """The tokenizer of a directory, the first of READERS that is there, with tokenizer_config.json beside it.
+
+        Raises FileNotFoundError or ValueError, naming the file: a tokenizer that would give other ids here than to its
+        authors is refused.
+        """
         directory = Path(directory)
-        for names, read in ((("words.json",), _words), (("tokenizer.model",), _llama3),
-                            (("vocab.json", "merges.txt"), _gpt2)):  # fmt: skip
+        for names, read in READERS:
             if all((directory / name).is_file() for name in names):
-                files = {name: (directory / name).read_bytes() for name in names}
+                paths = [directory / name for name in (*names, "tokenizer_config.json")]
+                files = {path.name: path.read_bytes() for path in paths if path.is_file()}
                 try:
                     return read(files)
-                except (ValueError, KeyError, TypeError, AttributeError) as error:
-                    raise ValueError(f"{directory}: {' with '.join(names)}: {error}") from None
-        raise FileNotFoundError(f"{directory}: no tokenizer: neither tokenizer.model (Llama 3), nor vocab.json and "
-                                f"merges.txt (GPT-2), nor words.json")  # fmt: skip
+                except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+                    raise ValueError(f"{directory}: {' with '.join(names)}: {error or type(error).__name__}") from None
+        raise FileNotFoundError(f"{directory}: no tokenizer: {', nor '.join(' with '.join(names) for names, _ in READERS)}")
+
+    def __str__(self):
+        bos = "no BOS" if self.bos_id is None else f"BOS {self.bos_id}"
+        st = "appended behind the vocabulary" if self.st_id is None else self.st_id
+        return f"tokenizer: {self.kind}, {self.size} ids, {bos}, EOS {self.eos_id}, <st> {st}"
 
     def save(self, directory):
         for name, content in self.files.items():
             (Path(directory) / name).write_bytes(content)
 
-    def encode(self, text, *, bos, eos):
+    def encode(self, text, *, bos, eos, continued=False):
         """list of ids. bos and eos have no default, so that neither is forgotten nor doubled; a tokenizer without a BOS
-        puts none. Names of special tokens inside the text are text."""
-        ids = self.backend.encode_ordinary(text)
+        puts none. Names of special tokens inside the text are text. continued: other text stands right before this."""
+        ids = self.backend.encode(text, continued)
         return [self.bos_id] * (bos and self.bos_id is not None) + ids + [self.eos_id] * eos
 
     def decode(self, ids):
@@ -239,46 +495,133 @@ def _words(files):
     if "<bos>" not in words or "<eos>" not in words:
         raise ValueError("<bos> or <eos> is missing")
     ids = {word: i for i, word in enumerate(words)}
-    return Tokenizer(Words(words), files, len(words), ids["<eos>"], ids["<bos>"], ids.get("<st>"))
+    return Tokenizer("words.json", Words(words), files, len(words), ids["<eos>"], ids["<bos>"], ids.get("<st>"))
 
 
-def _llama3(files):
-    """Lines `base64(token) rank`; 256 special tokens follow the ranks. The first reserved one becomes <st>."""
-    try:
-        lines = [line.split() for line in files["tokenizer.model"].splitlines() if line]
-        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
-    except (ValueError, binascii.Error):
-        raise ValueError("not Llama-3's format, 'base64 rank' on each line") from None
+def _tokenizer_model(files):
+    """Llama-3's tokenizer.model, lines `base64(token) rank`, 256 special tokens behind them; or a SentencePiece model."""
+    content = files["tokenizer.model"]
+    if not re.match(rb"[\w+/=]+ \d+\n", content):
+        backend = SentencePiece(content)
+        pieces = backend.start
+        if pieces.eos_id() < 0:
+            raise ValueError("the SentencePiece model has no end token")
+        bos = pieces.bos_id() if pieces.bos_id() >= 0 else None
+        return Tokenizer("SentencePiece (tokenizer.model)", backend, files, pieces.vocab_size(), pieces.eos_id(), bos)
+    ranks = {}
+    for number, line in enumerate(content.splitlines(), 1):
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except ValueError:
+            raise ValueError(f"line {number} is not of the form 'base64 rank'") from None
     n = len(ranks)
-    if sorted(ranks.values()) != list(range(n)) or not all(bytes([byte]) in ranks for byte in range(256)):
-        raise ValueError("the ranks are not 0, 1, 2, ... of different tokens with every single byte among them")
     special = {0: "begin_of_text", 1: "end_of_text", 4: "finetune_right_pad_id", 6: "start_header_id",
                7: "end_header_id", 8: "eom_id", 9: "eot_id", 10: "python_tag"}  # fmt: skip
     reserved = iter(range(256))
-    names = [special.get(i) or f"reserved_special_token_{next(reserved)}" for i in range(256)]
-    encoding = tiktoken.Encoding("llama3", pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks,
-                                 special_tokens={f"<|{name}|>": n + i for i, name in enumerate(names)})  # fmt: skip
-    return Tokenizer(encoding, files, n + 256, eos_id=n + 1, bos_id=n, st_id=n + 2)
+    names = [f"<|{special.get(i) or f'reserved_special_token_{next(reserved)}'}|>" for i in range(256)]
+    added = {name: n + i for i, name in enumerate(names)}
+    backend = Tiktoken(LLAMA3_PATTERN, ranks, added)
+    return Tokenizer("Llama-3's ranks (tokenizer.model)", backend, files, backend.size, n + 1, n, added[ST])
 
 
-def _gpt2(files):
-    """vocab.json: token -> id, merges.txt: pairs in the order of their ids; bytes are spelled as printable characters."""
+def _tokenizer_json(files):
+    """Hugging Face's tokenizer.json, where it is a byte-level BPE: pattern, vocabulary, merges and added tokens are its own."""
+    raw = json.loads(files["tokenizer.json"])
+    model, normalizer = raw["model"], raw["normalizer"]
+    if model.get("type", "BPE") != "BPE":
+        raise ValueError(f"model.type {model['type']!r} is not supported (only 'BPE')")
+    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
+        if model.get(name):
+            raise ValueError(f"model.{name} = {model[name]!r} is not supported")
+    if normalizer and normalizer["type"] != "NFC":
+        raise ValueError(f"normalizer {normalizer['type']!r} is not supported (only none and 'NFC')")
+    cut = raw["pre_tokenizer"] or {"type": None}
+    cut = cut["pretokenizers"] if cut["type"] == "Sequence" else [cut]
+    if cut[-1]["type"] != "ByteLevel" or cut[-1]["add_prefix_space"]:
+        raise ValueError("pre_tokenizer: only byte-level ones without a prefixed space are supported")
+    pattern = GPT2_PATTERN
+    if not cut[-1].get("use_regex", True) and len(cut) == 2 and cut[0]["type"] == "Split":
+        pattern = cut[0]["pattern"].get("Regex")
+        if not pattern or cut[0]["behavior"] != "Isolated" or cut[0]["invert"]:
+            raise ValueError("pre_tokenizer: a Split that does not isolate the matches of a regular expression")
+    elif len(cut) != 1 or not cut[0].get("use_regex", True):
+        raise ValueError(f"pre_tokenizer: {', '.join(part['type'] for part in cut)} is not supported")
+    added = {token["content"]: token["id"] for token in raw["added_tokens"]}
+    words = {token["content"] for token in raw["added_tokens"] if not token["special"]}
+    merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
+    vocab = {token: i for token, i in model["vocab"].items() if token not in added}
+    ranks = _ranks(vocab, merges, model.get("ignore_merges", False))
+    post = raw["post_processor"] or {}
+    first = [part["single"][0] for part in (post, *post.get("processors", ())) if part.get("type") == "TemplateProcessing"]
+    bos = next((part["SpecialToken"]["id"] for part in first if "SpecialToken" in part), None)
+    backend = Tiktoken(pattern, ranks, added, words, nfc=normalizer is not None)
+    return _byte_level("tokenizer.json", backend, files, added, bos)
+
+
+def _vocab_and_merges(files):
+    """GPT-2's or Qwen2's vocab.json, token -> id, and merges.txt, pairs in the order of their ids. GPT-2's vocabulary ends in
+    its end token, Qwen2's special tokens are in tokenizer_config.json."""
     vocab = json.loads(files["vocab.json"])
-    end = "<|endoftext|>"
-    if end not in vocab or vocab[end] != len(vocab) - 1:
-        raise ValueError(f"{end} is not the last of the ids: not GPT-2's vocabulary")
+    config = json.loads(files.get("tokenizer_config.json", b"{}"))
+    family = config.get("tokenizer_class") or ("GPT2Tokenizer" if "<|endoftext|>" in vocab else "Qwen2Tokenizer")
+    family = family.removesuffix("Fast").removesuffix("Tokenizer")
+    if family not in ("GPT2", "Qwen2") or config.get("add_prefix_space"):
+        raise ValueError("tokenizer_config.json: only GPT2Tokenizer and Qwen2Tokenizer without a prefixed space are supported")
+    added = {token["content"]: int(i) for i, token in config.get("added_tokens_decoder", {}).items()}
+    words = {token["content"] for token in config.get("added_tokens_decoder", {}).values() if not token["special"]}
+    if "<|endoftext|>" in vocab:
+        added["<|endoftext|>"] = vocab["<|endoftext|>"]
+    elif not added:
+        raise ValueError("tokenizer_config.json with the special tokens (added_tokens_decoder) is missing")
+    lines = files["merges.txt"].decode().splitlines()
+    merges = [tuple(line.split(" ")) for line in lines[lines[:1] != [] and lines[0].startswith("#version") :] if line]
+    vocab = {token: i for token, i in vocab.items() if token not in added}
+    ranks = _ranks(vocab, merges)
+    backend = Tiktoken(GPT2_PATTERN if family == "GPT2" else QWEN2_PATTERN, ranks, added, words, nfc=family == "Qwen2")
+    return _byte_level(f"{family}'s vocab.json and merges.txt", backend, files, added, bos=None)
+
+
+def _ranks(vocab, merges, ignore_merges=False):
+    """Bytes -> id, from tokens that spell bytes as printable characters.
+
+    tiktoken merges the two neighbours whose union has the lowest id, whatever list they are in. That is the same as going
+    through `merges` in their order where the ids of the unions never fall, and every token is a union (ignore_merges:
+    a token that is a whole piece of the text needs no merges). Raises ValueError otherwise.
+    """
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     byte_of = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-    ranks = {bytes(byte_of[c] for c in token): i for token, i in vocab.items() if token != end}
-    merges = [line.split() for line in files["merges.txt"].decode().splitlines() if line and line[0:2] != "#v"]
-    if sorted(ranks.values()) != list(range(256 + len(merges))) or not all(bytes([byte]) in ranks for byte in range(256)):
-        raise ValueError(f"{len(ranks)} tokens are not the 256 bytes and the {len(merges)} merges of merges.txt")
-    for i, pair in enumerate(merges):
-        if vocab.get("".join(pair)) != 256 + i:
-            raise ValueError(f"merge {i} of merges.txt, {' '.join(pair)!r}, does not have the id {256 + i}")
-    encoding = tiktoken.Encoding("gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={end: vocab[end]})
-    return Tokenizer(encoding, files, len(vocab), eos_id=vocab[end])
+    unions, last = set(byte_of), -1
+    for number, pair in enumerate(merges):
+        union = "".join(pair)
+        if len(pair) != 2 or not {*pair, union} <= vocab.keys():
+            raise ValueError(f"merge {number}, {' '.join(pair)!r}, is not of two tokens into a third")
+        if vocab[union] < last:
+            raise ValueError(f"merge {number}, {' '.join(pair)!r}, has the id {vocab[union]} after {last}: the order of the "
+                             f"merges is not that of the ids")  # fmt: skip
+        last = vocab[union]
+        unions.add(union)
+    if not ignore_merges and vocab.keys() - unions:
+        raise ValueError(f"no merge makes the token {min(vocab.keys() - unions)!r}")
+    if unspelled := [token for token in vocab if not set(token) <= byte_of.keys()]:
+        raise ValueError(f"the token {unspelled[0]!r} is not spelled in bytes")
+    return {bytes(map(byte_of.get, token)): i for token, i in vocab.items()}
+
+
+def _byte_level(kind, backend, files, added, bos):
+    """The Tokenizer around a byte-level BPE; its end token is tokenizer_config.json's, or the usual one."""
+    eos = json.loads(files.get("tokenizer_config.json", b"{}")).get("eos_token")
+    eos = eos.get("content") if isinstance(eos, dict) else eos
+    known = [name for name in (eos, "<|end_of_text|>", "<|endoftext|>") if name in added]
+    if not known or eos not in (None, known[0]):
+        raise ValueError(f"the end token is not among the added ones (tokenizer_config.json: eos_token {eos!r})")
+    return Tokenizer(kind, backend, files, backend.size, added[known[0]], added.get(bos), added.get(ST))
+
+
+# What a directory may hold, and how it is read: the built-in task's words, Llama 2's and 3's own files, Hugging Face's.
+READERS = [(("words.json",), _words), (("tokenizer.model",), _tokenizer_model), (("tokenizer.json",), _tokenizer_json),
+           (("vocab.json", "merges.txt"), _vocab_and_merges), (("original/tokenizer.model",), _tokenizer_model)]  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------------- rows and batches
@@ -367,3 +710,164 @@ def picture(row, tokenizer, width=100):
             top, bottom = "", ""
         top, bottom = top + token.ljust(size), bottom + weight.ljust(size)
     return "\n".join([*lines, top.rstrip(), bottom.rstrip()])
+
+
+# ---------------------------------------------------------------------------------------- downloads, statistics: program
+
+
+def fetch(name, data_dir, timeout=30.0, attempts=5):
+    """Downloads what is missing of a published data set into data_dir/name, and checks all of it.
+
+    A broken download is taken up where it broke, also by a later call. A file appears under its name when it is whole and
+    right. Raises ValueError or OSError, naming file or address.
+    """
+    by_hand = []
+    for split, published in DATASETS[name][1].items():
+        path = Path(data_dir) / name / published.file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_file():
+            _check(name, published, path)
+        elif published.url is None:
+            print(BY_HAND.format(path=path), end="")
+            by_hand.append(str(path))
+            continue
+        else:
+            part = path.with_name(path.name + ".part")
+            _download(published, part, timeout, attempts)
+            try:
+                _check(name, published, part)
+            except ValueError:
+                part.unlink()
+                raise
+            os.replace(part, path)
+        print(f"{path}: {published.count} problems ({split}), {path.stat().st_size / 1e6:.1f} MB", flush=True)
+    if by_hand:
+        raise FileNotFoundError(f"{name}: all but {' and '.join(by_hand)} is there")
+
+
+def _check(name, published, path):
+    """ValueError unless the file is the published one: size and checksum where they are known, the number of problems."""
+    content = path.read_bytes()
+    if content.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path}: a Git LFS pointer, not the data")
+    if published.size not in (None, len(content)):
+        raise ValueError(f"{path}: {len(content)} bytes, the published file has {published.size}")
+    if published.digest:
+        git = len(published.digest) == 40  # git hashes a header, too
+        digest = hashlib.sha1(b"blob %d\0" % len(content) + content) if git else hashlib.sha256(content)
+        if digest.hexdigest() != published.digest:
+            raise ValueError(f"{path}: the checksum is not that of the published file; it is damaged or another")
+    count = len(DATASETS[name][0](path))
+    if count != published.count:
+        raise ValueError(f"{path}: {count} problems, the published file has {published.count}")
+
+
+def _download(published, part, timeout, attempts):
+    """The bytes of an address into the file `part`, what is there already left out."""
+    for attempt in range(1, attempts + 1):
+        have = part.stat().st_size if part.exists() else 0
+        if have and have == published.size:
+            return
+        try:
+            request = urllib.request.Request(published.url, headers={"Range": f"bytes={have}-"} if have else {})
+            with urllib.request.urlopen(request, timeout=timeout) as response:
+                if not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+                    have = 0  # the server starts from the beginning
+                length = response.headers["Content-Length"]
+                total = have + int(length) if length else published.size
+                with open(part, "ab" if have else "wb") as file:
+                    while block := response.read1(1 << 18):  # what is there, so that a stall loses nothing
+                        file.write(block)
+                        have += len(block)
+                        _progress(part, have, total)
+            if have == total or total is None:
+                return
+            fault = f"the connection broke after {have} of {total} bytes"
+        except urllib.error.HTTPError as error:
+            fault = f"the server answers {error.code} {error.reason}"
+            if error.code == 416:  # what is there is not the beginning of what is published
+                part.unlink(missing_ok=True)
+            elif error.code < 500 and error.code != 429:
+                raise ValueError(f"{published.url}: {fault}") from None
+        except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError) as error:
+            fault = str(getattr(error, "reason", error)) or type(error).__name__
+        if attempt < attempts:
+            time.sleep(min(2.0**attempt, timeout) / 4)
+    raise ValueError(f"{published.url}: {fault}, {attempts} times; the same command goes on from here")
+
+
+def _progress(path, have, total):
+    if sys.stderr.isatty():
+        share = f" of {total / 1e6:.1f}" if total else ""
+        print(f"\r\x1b[K{path.name}: {have / 1e6:.1f}{share} MB", end="\r", file=sys.stderr, flush=True)
+
+
+def stats(problems, tokenizer=None):
+    """What there is to know of a list of problems before training on it, as text."""
+    steps = [len(problem.steps) for problem in problems]
+    kinds = Counter(answer_kind(problem.answer) for problem in problems)
+    histogram = "  ".join(f"{n}: {count}" for n, count in sorted(Counter(steps).items()))
+    lines = [f"{len(problems)} problems",
+             f"steps per problem: mean {np.mean(steps):.3f}  ({histogram})",
+             f"empty CoT: {steps.count(0)}; empty without its last step: {sum(n <= 1 for n in steps)}",
+             "answers: " + ", ".join(f"{count} {kind}s" for kind, count in kinds.most_common())]  # fmt: skip
+    if tokenizer is not None:
+        pieces = {"question": [problem.question for problem in problems], "steps": [" ".join(p.steps) for p in problems],
+                  "steps but the last": [" ".join(p.steps[:-1]) for p in problems],
+                  "answer": [problem.answer for problem in problems]}  # fmt: skip
+        for piece, texts in pieces.items():
+            lengths = [len(tokenizer.encode(text, bos=False, eos=False, continued=piece != "question")) for text in texts]
+            lines.append(f"tokens in {piece}: mean {np.mean(lengths):.1f}  95 % up to {np.percentile(lengths, 95):.0f}  "
+                         f"longest {max(lengths)}")  # fmt: skip
+    return "\n".join(lines)
+
+
+def show_stats(name, data_dir, tokenizer):
+    """Prints `stats` of each split that is there. FileNotFoundError where none is."""
+    missing, splits = [], DATASETS[name][1] if name in DATASETS else ("train", "valid", "test")
+    for split in splits[:1] if Path(name).is_file() else splits:
+        try:
+            print(f"{name}, {split}: {stats(load(name, split, data_dir=data_dir), tokenizer)}\n")
+        except FileNotFoundError as error:
+            missing.append(error)
+    if len(missing) == len(splits):
+        raise missing[0]
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ValueError(f"{message} (--help lists the options)")
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    """What a user can get wrong (ValueError, OSError) ends in one line on stderr, of one process a machine, and exit
+    code 2."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+def main(argv=None):
+    parser = Parser(prog="data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("names", nargs="+", metavar="[stats] NAME", help=f"of {', '.join(DATASETS)}; stats: of 'demo' or a path, too")
+    parser.add_argument("--data_dir", default="datasets", help="where the data sets lie (default: 'datasets')")
+    parser.add_argument("--tokenizer", help="stats: directory of a tokenizer, to count tokens with")
+    with one_line_errors():
+        options = parser.parse_args(argv)
+        if options.names[0] == "stats":
+            tokenizer = options.tokenizer and Tokenizer.from_pretrained(options.tokenizer)
+            for name in options.names[1:]:
+                show_stats(name, options.data_dir, tokenizer)
+        else:
+            if unknown := [name for name in options.names if name not in DATASETS]:
+                raise ValueError(f"no data set {unknown[0]!r}; there are {', '.join(DATASETS)}")
+            for name in options.names:
+                fetch(name, options.data_dir)
+
+
+if __name__ == "__main__":
+    main()

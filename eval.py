@@ -2,20 +2,18 @@
 
     python eval.py --ckpt out/demo                             the test split of the run's data, the silent pathway
     python eval.py --ckpt out/demo --pathway st cot            through both pathways
-    python eval.py --ckpt DIR --data FILE ... --json FILE      other data; the figures for programs
+    python eval.py --ckpt DIR --data svamp gsm-hard --json FILE    other data; the figures for programs
 
 The first half (options from dataclasses, one-line errors, reading a run, Wilson's interval, tables) serves train.py, too.
 """
 
 import argparse
-import contextlib
 import copy
 import dataclasses
 import json
 import math
 import os
 import statistics
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,15 +22,10 @@ import torch
 
 import dart
 from dart import option
-from data import Tokenizer, load
+from data import DATASETS, Parser, Tokenizer, load, one_line_errors
 from model import ModelConfig, Transformer
 
 # ------------------------------------------------------------------------------- options and errors, for train.py, too
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise ValueError(f"{message} (--help lists the options)")
 
 
 def parse_options(cls, argv, doc, defaults=None):
@@ -68,18 +61,6 @@ def check_options(options):
         if field.type in (int, float) and not (low <= value <= high and value < math.inf):
             raise ValueError(f"--{field.name} {value}: not a number of at least {low}" + f" and at most {high}" * (high < math.inf))
     return options
-
-
-@contextlib.contextmanager
-def one_line_errors():
-    """What a user can get wrong (ValueError, OSError) ends in one line on stderr, of one process a machine, and exit
-    code 2."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
 
 
 def read_json(path):
@@ -125,7 +106,8 @@ class RunOptions(dart.Options):
 
     model: str = option("", "directory of the base model: config.json, model.safetensors")
     random_init: bool = option(False, "random weights; --model may then be a name, or a directory with only config.json")
-    data: str = option("", "directory with train.txt and valid.txt in GSM8K-Aug's format, or 'demo', the built-in task")
+    data: str = option("gsm8k-aug", f"data set: demo (the built-in task), {', '.join(DATASETS)}, or a directory of one's own")
+    data_dir: str = option("datasets", "where `python data.py NAME` put the data sets")
     dtype: str = option("bf16", "of the computation and of frozen weights", choices=tuple(DTYPES))
     seed: int = option(0, "of weights, data order and dropout", high=2**32 - 1)
     max_new_tokens: int = option(256, "tokens an answer may have, CoT included", low=1)
@@ -267,7 +249,8 @@ def compare_runs(directories, test, train, device):
 @dataclass
 class Options:
     ckpt: str = option("", "directory of the run")
-    data: tuple = option((), "data sets: directories or files as for train.py; none: the run's own")
+    data: tuple = option((), "data sets: names, directories or files as for train.py; none: the run's own")
+    data_dir: str = option("", "where the data sets lie, if not where they were in training")
     split: str = option("test", "which split of them", choices=("train", "valid", "test"))
     pathway: tuple = option((), "pathways to answer through (dart: st, cot); none: the method's own way to answer")
     limit: int = option(0, "at most so many problems of each set; 0: all")
@@ -318,7 +301,8 @@ def main(argv=None):
         options.pathway = options.pathway or (list(method.pathways)[-1],)
         if unknown := [name for name in options.pathway if name not in method.pathways]:
             raise ValueError(f"--pathway {unknown[0]}: {run.method} has {' and '.join(method.pathways)}")
-        sets = {name: load(name, options.split, run.seed)[: options.limit or None] for name in options.data or (run.data,)}
+        sets = {name: load(name, options.split, run.seed, options.data_dir or run.data_dir)[: options.limit or None]
+                for name in options.data or (run.data,)}  # fmt: skip
         for problems in sets.values():
             check_room(method, problems, options.max_new_tokens)
     rows, records, cot_ms = [], [], {}

@@ -1,7 +1,7 @@
 """Trains DART, or a method that it is compared with.
 
     python train.py                                            the built-in task: DART beside No-CoT and PauseFT, minutes
-    torchrun --nproc_per_node=8 train.py --preset llama-3.2-1b --model DIR --data DIR --out DIR
+    torchrun --nproc_per_node=8 train.py --preset llama-3.2-1b --model DIR --out DIR
 
 A run directory holds config.json (options, architecture, versions), adapter.safetensors (what was trained), the
 tokenizer, log.jsonl, result.json, and trainer.safetensors (all that --resume needs).
@@ -30,8 +30,9 @@ from torch.nn.parallel import DistributedDataParallel
 import dart
 import data
 from dart import option
-from eval import (DTYPES, Parser, RunOptions, check_room, check_vocabulary, compare_runs, one_line_errors, parse_options,
-                  pick_device, read_json, read_run, write_atomically)  # fmt: skip
+from data import Parser, one_line_errors
+from eval import (DTYPES, RunOptions, check_room, check_vocabulary, compare_runs, parse_options, pick_device, read_json,
+                  read_run, write_atomically)  # fmt: skip
 from model import MODELS, ModelConfig, Transformer
 
 # ----------------------------------------------------------------------------------------------------------- options
@@ -57,7 +58,7 @@ class Options(RunOptions):
     beta2: float = option(0.999, "AdamW's", high=0.99999)
     grad_clip: float = option(2.0, "largest norm of the gradient; 0: no limit")
     eval_every: int = option(0, "steps between evaluations on the validation split; 0: once an epoch")
-    eval_size: int = option(500, "at most so many validation problems", low=1)
+    eval_size: int = option(500, "at most so many validation problems; 0: none, for data without a validation split")
     log_every: int = option(10, "steps between lines of the log", low=1)
     save_every: int = option(500, "steps between checkpoints", low=1)
     device: str = option("auto", "cpu, cuda, or auto", choices=("auto", "cpu", "cuda"))
@@ -93,17 +94,15 @@ def read_options(argv):
         raise ValueError("--model goes with the recipe of a pretrained model, such as --preset llama-3.2-1b")
     if not options.model:
         raise ValueError("--model DIR is missing: the base model (or --random_init, for its shape alone)")
-    if not options.data:
-        raise ValueError("--data DIR is missing: a directory with train.txt and valid.txt")
-    if options.data != "demo" and not Path(options.data).is_dir():
-        raise ValueError(f"--data {options.data}: not a directory with train.txt and valid.txt")
+    if options.data not in ("demo", *data.DATASETS) and not Path(options.data).is_dir():
+        raise ValueError(f"--data {options.data}: neither a directory nor one of demo, {', '.join(data.DATASETS)}")
     if unknown := [name for name in options.compare if name not in dart.METHODS or options.compare.count(name) > 1]:
         raise ValueError(f"--compare {unknown[0]}: each once, of {', '.join(dart.METHODS)}")
     if options.resume and options.overwrite:
         raise ValueError("--resume and --overwrite contradict each other")
-    for name in ("model", "tokenizer", "data"):  # the run must find them again, from wherever it is evaluated
+    for name in ("model", "tokenizer", "data", "data_dir"):  # the run must find them again, from wherever it is evaluated
         value = getattr(options, name)
-        if value and Path(value).is_dir():
+        if value and Path(value).is_dir() and not (name == "data" and value in ("demo", *data.DATASETS)):
             setattr(options, name, str(Path(value).resolve()))
     return options
 
@@ -132,7 +131,7 @@ def start_processes(options):
 
 # The files of a run beside config.json, which says what they are.
 RUN_FILES = ("adapter.safetensors", "trainer.safetensors", "log.jsonl", "result.json", "table.md", "words.json",
-             "tokenizer.model", "vocab.json", "merges.txt")  # fmt: skip
+             "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")  # fmt: skip
 TRAIN_SAMPLE = 500  # so many training problems are answered for the table of a comparison
 FREE_TO_CHANGE = ("out", "resume", "overwrite", "compare", "device")  # between a run and its resumption
 
@@ -241,6 +240,10 @@ def build(options, device):
         model = Transformer.from_pretrained(options.model, adapters, dtype, device, compute)
     check_vocabulary(tokenizer, model)
     return cls(model, tokenizer, options)
+
+
+def load(options, split):
+    return data.load(options.data, split, options.seed, options.data_dir)
 
 
 def find_tokenizer(options):
@@ -352,7 +355,12 @@ class Run:
 def prepare(options, device):
     """Loads everything, and takes up the last checkpoint. Raises ValueError or OSError for what a user can mend; writes
     nothing."""
-    train, valid = (data.load(options.data, split, options.seed) for split in ("train", "valid"))
+    train, valid = load(options, "train"), []
+    if options.eval_size:
+        try:
+            valid = load(options, "valid")[: options.eval_size]
+        except (ValueError, FileNotFoundError) as error:
+            raise ValueError(f"{error} (--eval_size 0 trains without validation)") from None
     method = build(options, device)
     rows = {name: [pathway.row(problem, method.tokenizer) for problem in train] for name, pathway in method.pathways.items()}
     lengths = np.array([[len(row.ids) for row in some] for some in rows.values()]).T
@@ -361,14 +369,14 @@ def prepare(options, device):
                          f"{method.model.config.max_position_embeddings} positions")  # fmt: skip
     if len(train) < options.batch_size:
         raise ValueError(f"--batch_size {options.batch_size}: there are only {len(train)} problems to train on")
-    asked = valid[: options.eval_size]
+    asked = valid
     if options.compare:
-        asked = asked + train[:TRAIN_SAMPLE] + data.load(options.data, "test", options.seed)
+        asked = asked + train[:TRAIN_SAMPLE] + load(options, "test")
     check_room(method, asked, options.max_new_tokens)
     steps = options.steps or options.epochs * (len(train) // options.batch_size)
     optimizer = make_optimizer(method.model, options)
     start = load_checkpoint(Path(options.out), method, optimizer) if options.resume else 0
-    return Run(options, method, optimizer, rows, lengths, valid[: options.eval_size], start, steps)
+    return Run(options, method, optimizer, rows, lengths, valid, start, steps)
 
 
 def global_batches(run, first):
@@ -396,6 +404,8 @@ def train(run, rank, world, device):
     eval_every = options.eval_every or len(run.lengths) // options.batch_size
 
     def evaluation(step):
+        if not run.valid:
+            return {}
         accuracies = validate(method, run.valid, options, rank, world)
         text = "  ".join(f"{name} {100 * share:.1f} %" for name, share in accuracies.items())
         log.write({"step": step, "valid": accuracies}, f"step {step}  validation: {text}", done=True)
@@ -482,7 +492,7 @@ class Meter:
 
 def conclude(options, runs, result, device):
     """The table of a comparison on the test split: printed, and left in the run's directory."""
-    out, train, test = Path(options.out), *(data.load(options.data, split, options.seed) for split in ("train", "test"))
+    out, train, test = Path(options.out), load(options, "train"), load(options, "test")
     text, figures = compare_runs([one.out for one in runs], test, train[:TRAIN_SAMPLE], device)
     if options.data == "demo":
         result = {**result, "chance": data.demo_chance(test)}
@@ -507,7 +517,7 @@ def train_one(options, rank, world, device):
         if rank == 0:
             claim(run, world)
             print(f"\n{options.method}: {run.steps} steps of {options.batch_size} of the {len(run.lengths)} problems, "
-                  f"in {options.out}")  # fmt: skip
+                  f"in {options.out}; {run.method.tokenizer}")  # fmt: skip
     return train(run, rank, world, device)
 
 

@@ -1,16 +1,30 @@
 """data.py: the GSM8K-Aug reader, the built-in task, scoring, tokenizers, rows, batches and their order."""
 
 import base64
+import hashlib
+import http.server
+import io
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
+import threading
+import unicodedata
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 
+import dart
 import data
 from data import Problem, Row, Tokenizer
+
+FIXTURES = Path(__file__).parent / "fixtures"
 
 # ------------------------------------------------------------------------------------------------------ problems
 
@@ -34,10 +48,13 @@ def test_gsm8k_aug_lines(tmp_path):
         ("q||<<1=1>> 1\n", ":1: not of the form"),
         ("q||<<1=1>> ####  \n", ":1: the answer is empty"),
         (" ||<<1=1>> #### 1\n", ":1: the question is empty"),
-        ("q||First he adds. #### 1\n", ":1: the step 'First'"),
+        ("q||First he adds. #### 1\n", ":1: 'First he adds.' is not in a step"),
+        ("q||<<1=1>>2 <<2=2>> #### 1\n", ":1: '2' is not in a step"),
         ("q||<<1=1>> #### 1\n\nq||<<1=1>> #### 1\n", ":2: not of the form"),
         ("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "Git LFS pointer"),
-        ("q\xff||<<1=1>> #### 1\n", "not UTF-8"),
+        ("q||<<1=1>> #### 1\nq\xff||<<1=1>> #### 1\n", ":2: not UTF-8 .* at byte 19"),
+        ('{"question": "q", "steps": [], "answer": "1"}\n', ":1: not of the form"),
+        (" \n\n", "empty"),
     ],
 )
 def test_a_malformed_file_is_named_with_its_line(tmp_path, text, message):
@@ -48,10 +65,128 @@ def test_a_malformed_file_is_named_with_its_line(tmp_path, text, message):
 
 
 def test_missing_data_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="valid.txt"):
+    with pytest.raises(FileNotFoundError, match="neither valid.txt nor valid.jsonl"):
         data.load(tmp_path, "valid")
+    with pytest.raises(FileNotFoundError, match="nowhere: no such data file, and no data set of that name: demo, gsm8k-aug"):
+        data.load("nowhere", "valid")
     with pytest.raises(ValueError, match="dev"):
         data.load("demo", "dev")
+    with pytest.raises(ValueError, match="svamp has no train split, only test"):
+        data.load("svamp", "train", data_dir=tmp_path)
+    with pytest.raises(FileNotFoundError, match="SVAMP.json: no such file; `python data.py svamp`"):
+        data.load("svamp", "test", data_dir=tmp_path)
+
+
+OWN = [{"question": "Two  and two? ", "steps": ["2+2", " is 4"], "answer": 4.0, "more": None},
+       {"question": "é", "answer": "no"}]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["lines", "list", "lines with BOM and CRLF", "no final newline"])
+def test_records_of_ones_own(tmp_path, form):
+    text = json.dumps(OWN, indent=1) if form == "list" else "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in OWN)
+    if "BOM" in form:
+        text = "\ufeff" + text.replace("\n", "\r\n")
+    (tmp_path / "test.jsonl").write_bytes((text.rstrip() if "final" in form else text).encode())
+    want = [Problem("Two and two?", ["2+2", "is 4"], "4"), Problem("é", [], "no")]
+    assert data.load(tmp_path, "test") == data.load(tmp_path / "test.jsonl", "train") == want
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("[]", "own.json: there is no record"),
+        ('{"question": "q", "answer": "1"}\n{"question": "q"}', ":2: the field 'answer' is missing, not text or a number"),
+        ('{"question": 3, "answer": "1"}', ":1: the field 'question' is 3, not text"),
+        ('{"question": "q", "steps": "s", "answer": "1"}', ":1: the field 'steps' is 's', not text or a list of it"),
+        ('{"question": "q", "steps": [1], "answer": "1"}', r":1: the field 'steps' is \[1\]"),
+        ('{"question": "q", "steps": [""], "answer": "1"}', ":1: a step is empty"),
+        ('{"question": " ", "answer": "1"}', ":1: the question is empty"),
+        ('{"question": "q", "answer": ""}', ":1: the answer is empty"),
+        ('{"question": "q", "answer": true}', ":1: the field 'answer' is True"),
+        ('{"question": "q", "answer": NaN}', ":1: the field 'answer' is nan"),
+        ('{"question": "q", "answer": 1e999}', ":1: the field 'answer' is inf"),
+        ('{"question": "q\\ud800", "answer": "1"}', ":1: the question holds half a character"),
+        ('{"question": "q", "answer": "1"', ":1: not JSON"),
+        ('{"question": "q", "answer": "1"}\n\n{"question": "q", "answer": "1"}', ":2: not JSON"),
+        ('{"question": "q", "answer": ' + "1" * 5000 + "}", ":1: not JSON"),
+        ('[{"question": "q", "answer": "1"}, 3]', ": record 2: not a JSON object"),
+        ('[{"question": "q", "answer": "1"}, {"question": "q"}]', ": record 2: the field 'answer'"),
+        ('[{"question": "q"', "own.json: not JSON"),
+        ("[" * 100_000, "own.json: not JSON"),
+        ("q||<<1=1>> #### 1", ":1: not JSON"),
+        ("3", ":1: not a JSON object"),
+        ("", "empty"),
+    ],
+)
+def test_a_malformed_record_is_named_with_its_place_and_field(tmp_path, text, message):
+    (tmp_path / "own.json").write_text(text)
+    with pytest.raises(ValueError, match="own.json.*" + message if "own.json" not in message else message):
+        data.load(tmp_path / "own.json", "test")
+
+
+PUBLISHED = {  # name -> a record in the published format, written for the purpose, and what it says
+    "gsm8k": ({"question": "How many  are 2 and 3?", "answer": "There are 2+3=<<2+3=5>>5.\nTwice: <<5*2=10>>10\n#### 1,010"},
+              Problem("How many are 2 and 3?", ["<<2+3=5>>", "<<5*2=10>>"], "1,010")),
+    "gsm-hard": ({"input": "What is half?", "code": "def solution(): ...", "target": -0.0000015},
+                 Problem("What is half?", [], "-0.0000015")),
+    "svamp": ({"ID": "x", "Body": "Ann has 5 pens", "Question": "How many pens?", "Equation": "( 5.0 )", "Answer": 5.0, "Type": "-"},
+              Problem("Ann has 5 pens. How many pens?", [], "5")),
+    "multiarith": ({"iIndex": 0, "lAlignments": [], "lEquations": ["X=8.0"], "lSolutions": [8.0], "sQuestion": " How many? "},
+                   Problem("How many?", [], "8")),
+    "prosqa": ({"question": "Is Max a wumpus or a yumpus?", "steps": ["Max is a rorpus.", "Every rorpus is a yumpus."],
+                "answer": "Max is a yumpus.", "root": 0, "edges": [[0, 1]]},
+               Problem("Is Max a wumpus or a yumpus?", ["Max is a rorpus.", "Every rorpus is a yumpus."], "Max is a yumpus.")),
+    "commonsenseqa-cot": ({"question": "Question: Where?\nChoices:\nA: here\nB: there", "answer": "B", "id": "0",
+                           "cot": "It isn't here. So it is there."},
+                          Problem("Question: Where?\nChoices:\nA: here\nB: there", ["It isn't here.", "So it is there."], "B")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_formats(tmp_path, monkeypatch, name):
+    record, want = PUBLISHED[name]
+    reader, splits = data.DATASETS[name]
+    published = splits["test"]._replace(count=2)
+    monkeypatch.setitem(data.DATASETS, name, (reader, {"test": published}))
+    path = tmp_path / name / published.file
+    path.parent.mkdir()
+    for count in (2, 3):
+        lines = [json.dumps(record)] * count
+        path.write_text("\n".join(lines) if path.suffix == ".jsonl" else f"[{', '.join(lines)}]")
+        if count == 2:
+            assert data.load(name, "test", data_dir=tmp_path) == [want, want]
+        else:
+            with pytest.raises(ValueError, match="3 problems, not the 2 of " + name):
+                data.load(name, "test", data_dir=tmp_path)
+    field = {"gsm8k": "answer", "gsm-hard": "target", "svamp": "Body", "multiarith": "lSolutions"}.get(name, "question")
+    path.write_text(json.dumps({**record, field: [None]}))
+    with pytest.raises(ValueError, match=rf":1: the field '{field}' is \[None\]"):
+        data.load(name, "test", data_dir=tmp_path)
+
+
+def test_other_details_of_the_published_formats(tmp_path):
+    path = tmp_path / "file.jsonl"
+    body = {"Body": "Ann has 5 pens. ", "Question": "How many?", "Answer": 5}
+    path.write_text(json.dumps(body))
+    assert data.read_records(path, data.svamp)[0].question == "Ann has 5 pens. How many?"
+    path.write_text(json.dumps(PUBLISHED["multiarith"][0] | {"lSolutions": []}))
+    with pytest.raises(ValueError, match=":1: the answer is empty"):
+        data.read_records(path, data.multiarith)
+    path.write_text(json.dumps({"question": "q", "answer": "no number signs"}))
+    with pytest.raises(ValueError, match=":1: the answer is empty"):
+        data.read_records(path, data.gsm8k)
+    csqa = {"question": "q", "answer": "A"}
+    for more, steps in (({"steps": ["One. Two", "Three."]}, ["One. Two", "Three."]), ({}, []), ({"cot": ""}, [])):
+        path.write_text(json.dumps(csqa | more))
+        assert data.read_records(path, data.commonsenseqa_cot)[0].steps == steps
+
+
+def test_the_sizes_of_table_7():
+    sizes = {name: {split: published.count for split, published in splits.items()} for name, (_, splits) in data.DATASETS.items()}
+    assert sizes["gsm8k-aug"] == {"train": 385_620, "valid": 500, "test": 1_319}
+    assert sizes["prosqa"] == {"train": 17_886, "valid": 300, "test": 500}
+    assert sizes["commonsenseqa-cot"] == {"train": 8_096, "test": 1_221}
+    assert [sizes[name] for name in ("gsm-hard", "svamp", "multiarith")] == [{"test": 1_319}, {"test": 1_000}, {"test": 600}]
 
 
 def content(problem):
@@ -82,6 +217,214 @@ def test_the_built_in_task(seed):
     assert 0.20 < data.demo_chance(splits["test"]) < 0.26
 
 
+# ----------------------------------------------------------------------------------------------------- downloads
+
+CONTENT = b"".join(b"question %d||<<%d*2=%d>> #### %d\n" % (i, i, 2 * i, 2 * i) for i in range(5000))
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Answers the requests one after the other as `script` says, and keeps the range that each asked for."""
+
+    daemon_threads = True
+
+    def __init__(self, *script):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.script, self.ranges, self.address = list(script), [], f"http://127.0.0.1:{self.server_port}/train.txt"
+        self.released = threading.Event()
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.released.set()
+        self.shutdown()
+        self.server_close()
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        todo, asked = self.server.script.pop(0), self.headers.get("Range")
+        self.server.ranges.append(asked)
+        start = int(asked[6:-1]) if asked and todo != "no ranges" else 0
+        if isinstance(todo, int):
+            return self.send_error(todo)
+        if todo == "redirect":
+            self.send_response(302)
+            self.send_header("Location", "/elsewhere")
+            return self.end_headers()
+        if start >= len(CONTENT):
+            return self.send_error(416)
+        body = todo if isinstance(todo, bytes) else CONTENT[start:]
+        self.send_response(206 if start else 200)
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(CONTENT) - 1}/{len(CONTENT)}")
+        if todo != "no length":
+            self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        body = bytes(len(body)) if todo == "corrupt" else body
+        self.wfile.write(body[: len(body) // 2] if todo in ("truncate", "stall") else body)
+        self.wfile.flush()
+        if todo == "stall":
+            self.server.released.wait()
+
+
+@pytest.fixture
+def published(monkeypatch):
+    """A data set of one file on a server, to be told its address; the pauses between two attempts are left out."""
+    monkeypatch.setattr(data.time, "sleep", lambda seconds: None)
+
+    def publish(server, **known):
+        known = {"size": len(CONTENT), "digest": hashlib.sha256(CONTENT).hexdigest()} | known
+        one = data.Published("train.txt", 5000, server and server.address, **known)
+        monkeypatch.setitem(data.DATASETS, "gsm8k-aug", (data.read_gsm8k_aug, {"train": one}))
+
+    return publish
+
+
+HALF = f"bytes={len(CONTENT) // 2}-"
+
+
+@pytest.mark.parametrize(
+    "script, ranges",
+    [
+        (["whole"], [None]),
+        (["redirect", "whole"], [None, None]),
+        (["truncate", "whole"], [None, HALF]),
+        (["truncate", "redirect", "whole"], [None, HALF, HALF]),
+        (["stall", "whole"], [None, HALF]),
+        (["truncate", 500, 503, "whole"], [None, HALF, HALF, HALF]),
+        (["truncate", "no ranges"], [None, HALF]),
+        (["no length"], [None]),
+    ],
+)
+@pytest.mark.parametrize("known", [{}, {"size": None, "digest": "git"}, {"size": None, "digest": None}])
+def test_a_download_goes_on_where_it_broke(tmp_path, published, script, ranges, known):
+    git = hashlib.sha1(b"blob %d\0" % len(CONTENT) + CONTENT).hexdigest()
+    with Server(*script) as server:
+        published(server, **(known | {"digest": git} if known.get("digest") else known))
+        data.fetch("gsm8k-aug", tmp_path, timeout=0.5)
+        assert server.ranges == ranges
+        data.fetch("gsm8k-aug", tmp_path)  # is there: no request more
+        assert server.ranges == ranges
+    assert [path.name for path in (tmp_path / "gsm8k-aug").iterdir()] == ["train.txt"]
+    assert (tmp_path / "gsm8k-aug" / "train.txt").read_bytes() == CONTENT
+    assert len(data.load("gsm8k-aug", "train", data_dir=tmp_path)) == 5000
+
+
+@pytest.mark.parametrize(
+    "script, known, message",
+    [
+        ([404], {}, "train.txt: the server answers 404"),
+        ([500] * 5, {}, "the server answers 500 .*, 5 times; the same command goes on"),
+        (["corrupt"], {}, "checksum is not that"),
+        ([CONTENT[:-20]], {}, "train.txt.part: 201650 bytes, the published file has"),
+        ([CONTENT[: CONTENT.index(b"question 4000|")]], {"size": None, "digest": None}, "4000 problems, the published file has 5000"),
+        ([b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"], {}, "Git LFS pointer"),
+        ([b"<html>not here</html>"], {"size": None, "digest": None}, ":1: not of the form"),
+    ],
+)
+def test_a_download_that_is_not_the_published_file_leaves_nothing_under_its_name(tmp_path, published, script, known, message):
+    with Server(*script) as server:
+        published(server, **known)
+        with pytest.raises(ValueError, match=message):
+            data.fetch("gsm8k-aug", tmp_path, timeout=0.5)
+        assert not server.script
+    assert not list((tmp_path / "gsm8k-aug").iterdir())
+
+
+def test_what_broke_for_good_is_taken_up_by_the_next_call(tmp_path, published):
+    with Server("truncate", *[500] * 4, "whole") as server:
+        published(server)
+        with pytest.raises(ValueError, match="500"):
+            data.fetch("gsm8k-aug", tmp_path)
+        assert [path.name for path in (tmp_path / "gsm8k-aug").iterdir()] == ["train.txt.part"]
+        data.fetch("gsm8k-aug", tmp_path)
+        assert server.ranges[-1] == HALF
+    with Server() as server:  # whole, but not renamed
+        published(server)
+        os.rename(tmp_path / "gsm8k-aug" / "train.txt", tmp_path / "gsm8k-aug" / "train.txt.part")
+        data.fetch("gsm8k-aug", tmp_path)
+        assert server.ranges == []
+
+
+def test_a_beginning_longer_than_the_file_is_thrown_away(tmp_path, published):
+    (tmp_path / "gsm8k-aug").mkdir()
+    (tmp_path / "gsm8k-aug" / "train.txt.part").write_bytes(CONTENT + b"more")
+    with Server("whole", "whole") as server:
+        published(server)
+        data.fetch("gsm8k-aug", tmp_path)
+        assert server.ranges == [f"bytes={len(CONTENT) + 4}-", None]
+
+
+def test_a_file_that_is_there_but_not_right_is_named_and_kept(tmp_path, published):
+    (tmp_path / "gsm8k-aug").mkdir()
+    (tmp_path / "gsm8k-aug" / "train.txt").write_bytes(CONTENT[:1000])
+    published(None)
+    with pytest.raises(ValueError, match="train.txt: 1000 bytes, the published file has"):
+        data.fetch("gsm8k-aug", tmp_path)
+    assert (tmp_path / "gsm8k-aug" / "train.txt").stat().st_size == 1000
+
+
+def test_a_split_that_must_be_fetched_by_hand_is_said_in_two_lines(tmp_path, monkeypatch, capsys):
+    reader, splits = data.DATASETS["commonsenseqa-cot"]
+    test = splits["test"]._replace(size=None, digest=None, count=1)
+    (tmp_path / "commonsenseqa-cot").mkdir()
+    (tmp_path / "commonsenseqa-cot" / test.file).write_text(json.dumps(PUBLISHED["commonsenseqa-cot"][0]))
+    monkeypatch.setitem(data.DATASETS, "commonsenseqa-cot", (reader, {**splits, "test": test}))
+    with pytest.raises(SystemExit) as exit:
+        data.main(["commonsenseqa-cot", "--data_dir", str(tmp_path)])
+    out, error = capsys.readouterr()
+    path = tmp_path / "commonsenseqa-cot" / "train.jsonl"
+    assert exit.value.code == 2 and error == f"error: commonsenseqa-cot: all but {path} is there\n"
+    assert len(out.splitlines()) == 3 and out.count(str(path)) == 2 and "(test)" in out.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["imagenet"], "no data set 'imagenet'; there are gsm8k-aug"),
+        ([], "the following arguments are required"),
+        (["stats", "nowhere"], "nowhere: no such data file"),
+        (["stats", "svamp"], "SVAMP.json: no such file"),
+        (["stats", "demo", "--tokenizer", "nowhere"], "nowhere: no tokenizer"),
+        (["svamp", "--resume"], "unrecognized arguments: --resume"),
+    ],
+)
+def test_what_the_program_refuses_is_one_line(tmp_path, capsys, arguments, message):
+    with pytest.raises(SystemExit) as exit:
+        data.main([*arguments, "--data_dir", str(tmp_path)])
+    out, error = capsys.readouterr()
+    assert (exit.value.code, out, error.count("\n")) == (2, "", 1) and error.startswith("error: ") and message in error
+
+
+def test_statistics(tmp_path, capsys):
+    (tmp_path / "train.txt").write_text("a b c||<<1+1=2>> <<2*2=4>> #### 4\nd||<<1+1=2>> #### 1,000\ne|| #### no\n")
+    (tmp_path / "words.json").write_text(json.dumps(["<bos>", "<eos>", *"abcde", "<<", ">>", *"+*=,", "no", "1", "2", "4", "000"]))
+    data.main(["stats", str(tmp_path), "--tokenizer", str(tmp_path)])
+    assert capsys.readouterr().out == f"""{tmp_path}, train: 3 problems
+steps per problem: mean 1.000  (0: 1  1: 1  2: 1)
+empty CoT: 1; empty without its last step: 2
+answers: 2 numbers, 1 sentences
+tokens in question: mean 1.7  95 % up to 3  longest 3
+tokens in steps: mean 7.0  95 % up to 13  longest 14
+tokens in steps but the last: mean 2.3  95 % up to 6  longest 7
+tokens in answer: mean 1.7  95 % up to 3  longest 3
+
+"""
+    data.main(["stats", "demo", str(tmp_path / "train.txt")])
+    assert capsys.readouterr().out.count("problems\n") == 3 + 1
+
+
+def test_the_program_runs_by_itself(tmp_path):
+    command = [sys.executable, "data.py", "stats", "svamp", "--data_dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=FIXTURES.parent.parent, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+
+
 # ------------------------------------------------------------------------------------------------------- scoring
 
 
@@ -102,8 +445,38 @@ def test_the_built_in_task(seed):
         ("18 eggs", "18", False, True),
         ("14053029.6667", "14053029.666666666", False, True),
         ("71", "72", False, False),
+        ("3431580", "3431580.0", False, True),
+        ("14053043.7", "14053029.666666666", False, True),
+        ("14053044.7", "14053029.666666666", False, False),
+        ("-1895420.5", "-1895420.4999999998", False, True),
+        ("0.0000020107", "2.0107e-06", False, True),
+        ("1e-9", "0", False, False),
+        ("0.0", "0", False, True),
+        ("-$1,234.50.", "-1234.5", False, True),
+        ("3,4", "34", False, False),
+        ("\u22127", "-7", False, True),
+        ("(3)-2", "2", False, True),
+        ("2/5", "0.4", False, True),
+        ("1e999", "1e999", True, True),
+        ("1e999", "1" + "0" * 400, False, False),
+        ("50", "50%", False, True),
+        ("about 5", "5 or 6 of them", False, False),
         ("Jack is a boompus.", "jack is a boompus", False, True),
+        ("Jack is  a boompus", "Jack is a boompus.", False, True),
+        ("Jack is a boompus. ", "Jack is a boompus.", True, True),
+        ("Jack is a zhorpus.", "Jack is a boompus.", False, False),
+        ("", "Jack is a boompus.", False, False),
         ("", "C", False, False),
+        ("c", "C", False, False),
+        ("C", "C", True, True),
+        ("C.", "C", False, True),
+        ("(C)", "C", False, True),
+        ("C: natural habitat", "C", False, True),
+        ("The answer is C.", "C", False, True),
+        ("C or D", "C", False, False),
+        ("A bank", "A", False, False),
+        ("D", "C", False, False),
+        ("CD", "C", False, False),
     ],
 )
 def test_scoring(text, gold, strict, tolerant):
@@ -220,17 +593,24 @@ def test_a_tokenizer_is_saved_as_it_was_read(llama3, tmp_path):
     [
         ({}, "no tokenizer"),
         ({"vocab.json": "{}"}, "no tokenizer"),
-        ({"tokenizer.model": "\x0a\x0esentencepiece"}, "not Llama-3's format"),
-        ({"tokenizer.model": "YQ== 0\nYg== 5\n"}, "ranks are not"),
+        ({"tokenizer.model": "\x0a\x0esentencepiece"}, "neither lines 'base64 rank' .* nor a SentencePiece model"),
+        ({"tokenizer.model": ""}, "empty"),
+        ({"tokenizer.model": "YQ== 0\nYg==\n"}, "line 2 is not"),
+        ({"tokenizer.model": "YQ== 0\nY?== 1\n"}, "line 2 is not"),
+        ({"tokenizer.model": "YQ== 1\nYg== 0\n"}, "lacks one of the 256"),
+        ({"tokenizer.model": "YQ== 0\nYg== 5\n"}, "ids of the 258 tokens are not"),
         ({"words.json": '["a", "a"]'}, "different strings"),
         ({"words.json": '["a"]'}, "<bos>"),
         ({"words.json": "["}, "words.json"),
-        ({"vocab.json": '{"a": 0}', "merges.txt": ""}, "endoftext"),
-        ({"vocab.json": '{"a": 0, "<|endoftext|>": 1}', "merges.txt": ""}, "not the 256 bytes"),
-        ({"vocab.json": json.dumps({"a" * i: i - 1 for i in range(1, 257)} | {"<|endoftext|>": 256}), "merges.txt": ""},
-         "not the 256 bytes"),
-        ({"vocab.json": '{"a": 0, "<|endoftext|>": 0}', "merges.txt": ""}, "last of the ids"),
+        ({"vocab.json": '{"a": 0}', "merges.txt": ""}, "tokenizer_config.json with the special tokens .* is missing"),
+        ({"vocab.json": '{"a": 0, "<|endoftext|>": 1}', "merges.txt": ""}, "lacks one of the 256 bytes"),
         ({"vocab.json": '{" ": 0, "<|endoftext|>": 1}', "merges.txt": ""}, "vocab.json"),
+        ({"vocab.json": '{"a": 0, "<|endoftext|>": 1}', "merges.txt": "a b"}, "merge 0, 'a b', is not of two tokens"),
+        ({"vocab.json": '{"a": 0, "<|endoftext|>": 1}', "merges.txt": "a\n"}, "merge 0, 'a', is not of two tokens"),
+        ({"vocab.json": '{"<|endoftext|>": 1}', "merges.txt": "", "tokenizer_config.json": '{"tokenizer_class": "Bart"}'},
+         "only GPT2Tokenizer and Qwen2Tokenizer"),
+        ({"tokenizer.json": "[]"}, "tokenizer.json"),
+        ({"tokenizer.json": "{}"}, "tokenizer.json: 'model'"),
         ({"vocab.json": "[]", "merges.txt": ""}, "vocab.json"),
     ],
 )
@@ -244,8 +624,155 @@ def test_a_broken_tokenizer_is_named(tmp_path, files, message):
 def test_merges_in_another_order_than_the_ids_are_refused(gpt2):
     lines = (gpt2 / "merges.txt").read_text().splitlines()
     (gpt2 / "merges.txt").write_text("\n".join([lines[0], lines[2], lines[1], *lines[3:]]))
-    with pytest.raises(ValueError, match="merge 0 of merges.txt, 's w'"):
+    with pytest.raises(ValueError, match="merge 1, 'A n', has the id 256 after 257: the order of the merges is not"):
         Tokenizer.from_pretrained(gpt2)
+    (gpt2 / "merges.txt").write_text("\n".join(lines[:-1]))
+    with pytest.raises(ValueError, match="no merge makes the token 'Ġ1'"):
+        Tokenizer.from_pretrained(gpt2)
+
+
+TOKENIZERS = ("llama3", "qwen2", "gpt2")
+
+
+def expected_ids(name):
+    expected = json.loads((FIXTURES / f"tokenizer-{name}" / "expected.json").read_text())
+    return list(zip(expected["texts"], expected["ids"], strict=True))
+
+
+def check_parity(tokenizer, name):
+    for text, ids in expected_ids(name):
+        assert tokenizer.encode(text, bos=False, eos=False) == ids, text
+        assert tokenizer.decode(ids) == (unicodedata.normalize("NFC", text) if name == "qwen2" else text)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_tokenizer_json_gives_the_ids_of_hugging_face(name):
+    """Fixtures made with `tokenizers`: patterns, multiple merges for a token, NFC, special tokens as text, added words."""
+    tokenizer = Tokenizer.from_pretrained(FIXTURES / f"tokenizer-{name}")
+    check_parity(tokenizer, name)
+    assert str(tokenizer) == {
+        "llama3": "tokenizer: tokenizer.json, 423 ids, BOS 420, EOS 421, <st> 422",
+        "qwen2": "tokenizer: tokenizer.json, 423 ids, no BOS, EOS 421, <st> appended behind the vocabulary",
+        "gpt2": "tokenizer: tokenizer.json, 421 ids, no BOS, EOS 420, <st> appended behind the vocabulary",
+    }[name]
+    x = tokenizer.encode("x", bos=False, eos=False)
+    assert tokenizer.encode("x", bos=True, eos=True) == [420] * (name == "llama3") + x + [420 + (name != "gpt2")]
+    text = dict(expected_ids(name))["<tool_call> a<tool_call>b"]
+    assert (422 in text) == (name == "qwen2")  # a word that was added is one token, a special token's name is not
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gpt2"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_vocab_and_merges_give_the_ids_of_hugging_face(tmp_path, name, newline):
+    raw = json.loads((FIXTURES / f"tokenizer-{name}" / "tokenizer.json").read_text())
+    config = json.loads((FIXTURES / f"tokenizer-{name}" / "tokenizer_config.json").read_text())
+    vocab = raw["model"]["vocab"]
+    merges = raw["model"]["merges"]
+    if name == "qwen2":
+        config |= {"tokenizer_class": "Qwen2TokenizerFast", "added_tokens_decoder": {t["id"]: t for t in raw["added_tokens"]}}
+        made = {}  # Qwen2's list names each token once
+        for pair in merges:
+            made.setdefault("".join(pair), pair)
+        merges = list(made.values())
+        text = dict(expected_ids(name))["7" * 50]
+        assert len(text) == 50
+    else:
+        vocab |= {"<|endoftext|>": 420}
+        config = {"model_max_length": 1024}  # all that GPT-2's file says
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+    (tmp_path / "merges.txt").write_bytes("".join(line + newline for line in lines).encode())
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = Tokenizer.from_pretrained(tmp_path)
+    check_parity(tokenizer, name)
+    assert tokenizer.eos_id == {"qwen2": 421, "gpt2": 420}[name] and tokenizer.bos_id is None
+    (tmp_path / "copy").mkdir()
+    tokenizer.save(tmp_path / "copy")
+    check_parity(Tokenizer.from_pretrained(tmp_path / "copy"), name)
+
+
+def change(raw, path, value):
+    *path, last = path.split(".")
+    for part in path:
+        raw = raw[int(part) if part.isdigit() else part]
+    raw[int(last) if last.isdigit() else last] = value
+
+
+@pytest.mark.parametrize(
+    "path, value, message",
+    [
+        ("model.type", "Unigram", "model.type 'Unigram'"),
+        ("model.byte_fallback", True, "model.byte_fallback"),
+        ("model.dropout", 0.1, "model.dropout"),
+        ("model.end_of_word_suffix", "</w>", "model.end_of_word_suffix"),
+        ("normalizer", {"type": "Lowercase"}, "normalizer 'Lowercase'"),
+        ("pre_tokenizer", None, "pre_tokenizer"),
+        ("pre_tokenizer", {"type": "Metaspace"}, "pre_tokenizer"),
+        ("pre_tokenizer.pretokenizers.0", {"type": "Digits"}, "pre_tokenizer: Digits, ByteLevel"),
+        ("pre_tokenizer.pretokenizers.0.pattern", {"String": " "}, "pre_tokenizer: a Split"),
+        ("pre_tokenizer.pretokenizers.0.invert", True, "pre_tokenizer: a Split"),
+        ("pre_tokenizer.pretokenizers.0.pattern", {"Regex": r"\w+"}, "loses a part of the text"),
+        ("pre_tokenizer.pretokenizers.0.pattern", {"Regex": "("}, "tokenizer.json: "),
+        ("pre_tokenizer.pretokenizers.1.add_prefix_space", True, "without a prefixed space"),
+        ("model.merges.3", ["q", "zzz"], "merge 3, 'q zzz'"),
+        ("model.merges", [], "no merge makes the token"),
+        ("model.vocab.a", 5, "ids of the 423 tokens are not"),
+        ("model.vocab.b", "5", "tokenizer.json"),
+        ("added_tokens.0.id", 500, "ids of the 423 tokens are not"),
+        ("added_tokens.1.content", "</s>", r"eos_token '<\|im_end\|>'"),
+    ],
+)
+def test_a_tokenizer_json_that_means_something_else_is_refused(tmp_path, path, value, message):
+    shutil.copytree(FIXTURES / "tokenizer-qwen2", tmp_path, dirs_exist_ok=True)
+    raw = json.loads((tmp_path / "tokenizer.json").read_text())
+    raw["model"]["ignore_merges"] = False
+    change(raw, path, value)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match=message):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+def test_what_a_directory_holds_decides(llama3, tmp_path):
+    (llama3 / "original").mkdir()
+    (llama3 / "tokenizer.model").rename(llama3 / "original" / "tokenizer.model")
+    tokenizer = Tokenizer.from_pretrained(llama3)
+    assert str(tokenizer) == "tokenizer: Llama-3's ranks (tokenizer.model), 523 ids, BOS 267, EOS 268, <st> 269"
+    assert list(tokenizer.files) == ["tokenizer.model"]
+    shutil.copytree(FIXTURES / "tokenizer-qwen2", llama3, dirs_exist_ok=True)
+    assert Tokenizer.from_pretrained(llama3).kind == "tokenizer.json"
+
+
+@pytest.fixture(scope="module")
+def llama2(tmp_path_factory):
+    """A SentencePiece model with Llama 2's settings."""
+    directory, model = tmp_path_factory.mktemp("llama2"), io.BytesIO()
+    lines = ["Answer: 12 <<3*4=12>> and the question is how many she has left"] * 20
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=310,
+                                             byte_fallback=True, split_digits=True, normalization_rule_name="identity",
+                                             remove_extra_whitespaces=False, minloglevel=2)  # fmt: skip
+    (directory / "tokenizer.model").write_bytes(model.getvalue())
+    return directory
+
+
+def test_sentencepiece(llama2):
+    tokenizer = Tokenizer.from_pretrained(llama2)
+    assert str(tokenizer) == "tokenizer: SentencePiece (tokenizer.model), 310 ids, BOS 1, EOS 2, <st> appended behind the vocabulary"
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(llama2 / "tokenizer.model"))
+    for text in [*TEXTS, "  two  spaces ", "</s> <s>"]:
+        ids = tokenizer.encode(text, bos=False, eos=False)
+        assert ids == theirs.encode(text) and tokenizer.decode(ids) == text
+    assert tokenizer.encode("a", bos=True, eos=True) == [1, *theirs.encode("a"), 2]
+
+
+def test_sentencepiece_puts_no_space_between_separator_and_answer(llama2):
+    """Else the state at z_N, which is to hold the answer, would predict a blank."""
+    tokenizer = Tokenizer.from_pretrained(llama2)
+    blank = tokenizer.encode("", bos=False, eos=False) + tokenizer.encode("12", bos=False, eos=False)
+    ids = tokenizer.encode("12", bos=False, eos=False, continued=True)
+    assert tokenizer.decode(ids) == "12" and len(ids) == 2 and len(blank) == 3
+    row = dart.Pathway(steps=True).row(Problem("how many", ["<<3*4=12>>"], "12"), tokenizer)
+    assert tokenizer.decode(row.ids.tolist()) == "how many<<3*4=12>>Answer:12"
+    assert row.ids[row.y :].tolist() == [*ids, 2]
 
 
 # ---------------------------------------------------------------------------------------------- rows and batches
