@@ -16,6 +16,7 @@ import hashlib
 import http.client
 import json
 import math
+import operator
 import os
 import re
 import ssl
@@ -122,7 +123,7 @@ def read_gsm8k_aug(path):
 
 def own_record(get):
     """{"question": text, "steps": [text, ...], "answer": text or number}; there may be no steps."""
-    return get("question", str), get("steps", str, list, default=[]), get("answer", str, float)
+    return get("question", str), get("steps", str, many=True, default=[]), get("answer", str, float)
 
 
 def read_records(path, make=own_record):
@@ -145,19 +146,18 @@ def read_records(path, make=own_record):
     return problems
 
 
-def _field(where, record, name, *kinds, default=None):
-    """A field of a record as text. kinds: str; float, a number, written out (51.0 as 51, 2e-06 as 0.000002); list, of
-    texts or numbers."""
+def _field(where, record, name, *kinds, many=False, default=None):
+    """A field of a record as text, or (many) as a list of texts. kinds: str, and float, a number, which is written out:
+    51.0 as 51, 2e-06 as 0.000002."""
     value = record.get(name, default)
-    values = value if list in kinds and isinstance(value, list) else [value]
-    if not (values is value or list not in kinds) or not all(
-        (str in kinds and isinstance(v, str)) or (float in kinds and type(v) in (int, float) and abs(v) < math.inf) for v in values
-    ):
-        wanted = {str: "text", float: "a number", list: "a list of it"}
-        raise ValueError(f"{where}: the field {name!r} is " + (f"{value!r:.60}" if name in record else "missing")
-                         + f", not {' or '.join(wanted[kind] for kind in kinds)}")  # fmt: skip
+    values = value if many and isinstance(value, list) else [value]
+    is_text = [str in kinds and isinstance(v, str) for v in values]
+    is_number = [float in kinds and type(v) in (int, float) and abs(v) < math.inf for v in values]
+    if (many and values is not value) or not all(map(operator.or_, is_text, is_number)):
+        wanted = "a list" if many else " or ".join({str: "text", float: "a number"}[kind] for kind in kinds)
+        raise ValueError(f"{where}: the field {name!r} is {f'{value!r:.60}' if name in record else 'missing'}, not {wanted}")
     texts = [v if isinstance(v, str) else str(int(v)) if v == int(v) else f"{Decimal(repr(v)):f}" for v in values]
-    return texts if list in kinds else texts[0]
+    return texts if many else texts[0]
 
 
 # ------------------------------------------------------------------------------------------------ published data sets
@@ -182,12 +182,12 @@ def svamp(get):
 
 def multiarith(get):
     """MultiArith (Roy and Roth 2015)."""
-    return get("sQuestion", str), [], "".join(get("lSolutions", float, list)[:1])
+    return get("sQuestion", str), [], "".join(get("lSolutions", float, many=True)[:1])
 
 
 def commonsenseqa_cot(get):
     """CommonsenseQA-CoT (Shen et al. 2025): the rationale as sentences in `steps`, or in one text, `cot`."""
-    steps = get("steps", str, list, default=[]) or re.split(r"(?<=[.!?])\s+", get("cot", str, default="").strip())
+    steps = get("steps", str, many=True, default=[]) or re.split(r"(?<=[.!?])\s+", get("cot", str, default="").strip())
     return get("question", str), [step for step in steps if step], get("answer", str)
 
 

@@ -133,7 +133,7 @@ def start_processes(options):
 RUN_FILES = ("adapter.safetensors", "trainer.safetensors", "log.jsonl", "result.json", "table.md", "words.json",
              "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")  # fmt: skip
 TRAIN_SAMPLE = 500  # so many training problems are answered for the table of a comparison
-FREE_TO_CHANGE = ("out", "resume", "overwrite", "compare", "device")  # between a run and its resumption
+FREE_TO_CHANGE = ("out", "resume", "overwrite", "compare", "device", "data_dir")  # between a run and its resumption
 
 
 def check_out(options):

@@ -97,7 +97,7 @@ def test_records_of_ones_own(tmp_path, form):
         ("[]", "own.json: there is no record"),
         ('{"question": "q", "answer": "1"}\n{"question": "q"}', ":2: the field 'answer' is missing, not text or a number"),
         ('{"question": 3, "answer": "1"}', ":1: the field 'question' is 3, not text"),
-        ('{"question": "q", "steps": "s", "answer": "1"}', ":1: the field 'steps' is 's', not text or a list of it"),
+        ('{"question": "q", "steps": "s", "answer": "1"}', ":1: the field 'steps' is 's', not a list"),
         ('{"question": "q", "steps": [1], "answer": "1"}', r":1: the field 'steps' is \[1\]"),
         ('{"question": "q", "steps": [""], "answer": "1"}', ":1: a step is empty"),
         ('{"question": " ", "answer": "1"}', ":1: the question is empty"),

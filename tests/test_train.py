@@ -96,6 +96,30 @@ def test_lora_and_rem_from_a_hugging_face_directory(tmp_path, adapters_run):
     assert torch.equal(method.model.layers[1].mlp.up_proj.weight, base["model.layers.1.mlp.up_proj.weight"])
 
 
+@pytest.mark.parametrize("tokenizer", ["tokenizer-llama3", "tokenizer-qwen2"])
+def test_data_and_tokenizer_of_ones_own_without_validation(tmp_path, capsys, tokenizer):
+    """Records in .jsonl, a tokenizer.json, a base in several files; the run is evaluated from its own copy of the tokenizer."""
+    shutil.copytree(FIXTURES / "llama-shards", tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config | {"vocab_size": 500}))
+    problems = [{"question": f"How many are {i} and {i}?", "steps": [f"{i}+{i}={2 * i}", "so it is"], "answer": 2 * i} for i in range(30)]
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in problems))
+    options = ["--preset", "llama-3.2-1b", "--model", str(tmp_path / "base"), "--random_init", "--tokenizer", str(FIXTURES / tokenizer),
+               "--data", str(tmp_path), "--batch_size", "8", "--steps", "3", "--log_every", "1", "--max_new_tokens", "8"]  # fmt: skip
+    with pytest.raises(SystemExit):
+        train.main([*options, "--out", str(tmp_path / "none")])
+    assert "neither valid.txt nor valid.jsonl is in it (--eval_size 0 trains without validation)" in capsys.readouterr().err
+    train.main([*options, "--out", str(tmp_path / "run"), "--eval_size", "0"])
+    printed = capsys.readouterr().out
+    assert "tokenizer: tokenizer.json, 423 ids" in printed and "validation" not in printed
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["valid"] == {}
+    assert (tmp_path / "run" / "tokenizer.json").read_bytes() == (FIXTURES / tokenizer / "tokenizer.json").read_bytes()
+    (tmp_path / "train.jsonl").rename(tmp_path / "others.jsonl")
+    evaluation.main(["--ckpt", str(tmp_path / "run"), "--latency", "0", "--data", str(tmp_path), str(tmp_path / "others.jsonl")])
+    assert capsys.readouterr().out.count("| 30 | 0.0 (0.0-11.4)") == 2
+
+
 def test_the_saved_run_is_the_trained_model(tmp_path, monkeypatch, adapters_run):
     """Both pathways' losses of the model in memory, at the end, and of the one that is loaded from the run's files; with
     an appended row for <st>, which has to be among them."""
