@@ -555,6 +555,12 @@ def test_the_patterns_cut_text_as_their_authors_do(pattern, text, want):
     assert [encoding.decode([i]) for i in encoding.encode_ordinary(text)] == want
 
 
+def test_digits_are_merged_in_llama3_but_not_in_qwen2():
+    ranks = merge_ranks(b"12", b"123", b"1234")
+    for pattern, pieces in ((data.LLAMA3_PATTERN, 2), (data.QWEN2_PATTERN, 4), (data.GPT2_PATTERN, 1)):
+        assert len(data.tiktoken.Encoding("t", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}).encode("1234")) == pieces
+
+
 def test_pieces_are_not_merged_across_a_seam(llama3):
     """In one string ':-' would be one token and the separator's last token no longer ':'."""
     tokenizer = Tokenizer.from_pretrained(llama3)
