@@ -14,6 +14,7 @@ import contextlib
 import functools
 import hashlib
 import http.client
+import itertools
 import json
 import math
 import operator
@@ -115,9 +116,9 @@ def read_gsm8k_aug(path):
         steps, hashes, answer = rest.rpartition("####")
         if not bar or not hashes:
             raise ValueError(f"{path}:{number}: not of the form 'question||<<step>> <<step>> #### answer'")
-        if left := re.sub(r"<<.*?>>", "", steps).strip():
+        if left := re.sub(r"<<.+?>>", "", steps).strip():
             raise ValueError(f"{path}:{number}: {left[:40]!r} is not in a step of the form <<...>>")
-        problems.append(_problem(f"{path}:{number}", question, re.findall(r"<<.*?>>", steps), answer))
+        problems.append(_problem(f"{path}:{number}", question, re.findall(r"<<.+?>>", steps), answer))
     return problems
 
 
@@ -154,7 +155,7 @@ def _field(where, record, name, *kinds, many=False, default=None):
     is_text = [str in kinds and isinstance(v, str) for v in values]
     is_number = [float in kinds and type(v) in (int, float) and abs(v) < math.inf for v in values]
     if (many and values is not value) or not all(map(operator.or_, is_text, is_number)):
-        wanted = "a list" if many else " or ".join({str: "text", float: "a number"}[kind] for kind in kinds)
+        wanted = "a list of " * many + " or ".join({str: "text", float: "a number"}[kind] for kind in kinds)
         raise ValueError(f"{where}: the field {name!r} is {f'{value!r:.60}' if name in record else 'missing'}, not {wanted}")
     texts = [v if isinstance(v, str) else str(int(v)) if v == int(v) else f"{Decimal(repr(v)):f}" for v in values]
     return texts if many else texts[0]
@@ -166,7 +167,7 @@ def _field(where, record, name, *kinds, many=False, default=None):
 def gsm8k(get):
     """GSM8K (Cobbe et al. 2021): the solution's calculations are the steps, as in GSM8K-Aug."""
     solution, hashes, answer = get("answer", str).rpartition("####")
-    return get("question", str), re.findall(r"<<.*?>>", solution), answer if hashes else ""
+    return get("question", str), re.findall(r"<<.+?>>", solution), answer if hashes else ""
 
 
 def gsm_hard(get):
@@ -317,29 +318,30 @@ def demo_chance(problems):
 
 # ----------------------------------------------------------------------------------------------------------- scoring
 
-NUMBER = re.compile(r"(?:(?<![\d).])-)?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?(?:/\d+)?")
-LETTER = re.compile(r"(?:.*\banswer is\b)?\W*([A-Z])(?:[.:),].*|\W*)", re.DOTALL)
-TOLERANCE = 1e-6  # relative, of a number: GSM-HARD's gold answers have up to 17 digits
+NUMBER = re.compile(r"(?:(?<![\d).])-)?(?:\d+ (?=\d+/\d))?(?:\d+\.?\d*|(?<![\w.])\.\d+)(?:[eE][-+]?\d+)?(?: ?/ ?\d+)?")
+LETTER = re.compile(r"(?:.*\b(?i:answer is|answer):?)?\W*([A-Z])(?:\W*|(?:\s*[.:)\n]|\s+-\s)(?!.*\b[A-Z]\b).*)", re.DOTALL)
 
 
 def parse_number(text):
     """The last number in a text as a float, None where there is none.
 
-    Read are 1,234 and $1,234. (1234), -$5 (-5), .5 and 5. (0.5, 5), 1/2 (0.5), 2.5e-3; a minus behind a digit or a bracket
-    is an operator: 10-5 is 5. Words for numbers are not read, nor units: 50% is 50.
+    Read are 1,234 and $1,234. (1234), -$5 (-5), .5 and 5. (0.5, 5), 1/2 and 2 1/2 (0.5, 2.5), 2.5e-3; a minus right behind a
+    digit or a bracket is an operator: 10-5 is 5. Words for numbers are not read, nor units: 50% is 50.
     """
     found = NUMBER.findall(_bare(text))
     if not found:
         return None
-    numerator, _, denominator = found[-1].partition("/")
+    sign = -1 if found[-1].startswith("-") else 1
+    left, _, denominator = found[-1].lstrip("-").partition("/")
+    whole, _, numerator = left.strip().rpartition(" ")
     if denominator and float(denominator) == 0:
         return None
-    return float(numerator) / float(denominator or 1)
+    return sign * (float(whole or 0) + float(numerator) / float(denominator or 1))
 
 
 def _bare(text):
-    """Without currency signs and the commas of thousands."""
-    return re.sub(r"(?<=\d),(?=\d{3}(?!\d))|[$€£¥]", "", text.replace("\u2212", "-"))
+    """Without currency signs and the commas of thousands; other signs of a minus are one."""
+    return re.sub(r"(?<=\d),(?=\d{3}(?!\d))|[$€£¥]", "", re.sub("[\u2212\u2013]", "-", text))
 
 
 def answer_kind(gold):
@@ -351,12 +353,21 @@ def answer_kind(gold):
 
 def score(text, gold):
     """(strict, tolerant). Strict: the answer's text is the gold text, outer space aside. Tolerant, by the kind of the gold
-    answer: the last number is the same to TOLERANCE; the text is the letter, may be with a dot, a bracket, its choice, or
-    'the answer is'; the words are the same whatever their case and final dot. What cannot be read is wrong."""
+    answer:
+
+    number    the last number is the same; where the gold one is not whole, to a relative 1e-6, but no more than 0.01
+              (GSM-HARD has gold answers of 17 digits)
+    letter    the text is the letter, may be in brackets, behind 'the answer is', or before a dot, a colon and its choice
+    sentence  the words are the same whatever their case and final dot
+
+    What cannot be read is wrong.
+    """
     strict, kind = text.strip() == gold.strip(), answer_kind(gold.strip())
     if kind == "number":
         want, got = parse_number(gold), parse_number(text)
-        return strict, strict or (None not in (want, got) and abs(got - want) <= TOLERANCE * abs(want))
+        if strict or got is None or want is None or math.isinf(want):
+            return strict, strict
+        return False, abs(got - want) <= (0 if want.is_integer() else min(1e-6 * abs(want), 0.01))
     if kind == "letter":
         found = LETTER.fullmatch(text.strip())
         return strict, found is not None and found[1] == gold.strip()
@@ -365,11 +376,12 @@ def score(text, gold):
 
 # -------------------------------------------------------------------------------------------------------- tokenizers
 
-# How a byte-level BPE cuts a text before it merges, where no tokenizer.json says it.
+# How a byte-level BPE cuts a text before it merges.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
                   r"\s*[\r\n]+|\s+(?!\S)|\s+")  # fmt: skip
 QWEN2_PATTERN = LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
+LLAMA3_RANKS = 128_000
 ST = "<|reserved_special_token_0|>"  # stands for <st> where a tokenizer has it
 
 
@@ -377,7 +389,7 @@ class Words:
     """The built-in task's vocabulary: a token is a word, a number or a sign. Spaces are not tokens."""
 
     def __init__(self, words):
-        self.words = words
+        self.words, self.size = words, len(words)
         self.ids = {word: i for i, word in enumerate(words)}
 
     def encode(self, text, continued):
@@ -392,24 +404,26 @@ class Words:
 
 
 class Tiktoken:
-    """A byte-level BPE. Of the added tokens (name -> id) only the `words` are found in a text: the names of special tokens
-    are text. nfc: the text is brought into Unicode's composed form first."""
+    """A byte-level BPE. ranks: bytes -> id, added: name -> id of the added tokens, of which only the `words` are found in a
+    text: the names of special tokens are text. nfc: a text is brought into Unicode's composed form first."""
 
     def __init__(self, pattern, ranks, added, words=(), nfc=False):
-        self.words, self.nfc, self.size = set(words), nfc, len(ranks) + len(added)
+        self.added, self.nfc, self.size = added, nfc, len(ranks) + len(added)
         if sorted([*ranks.values(), *added.values()]) != list(range(self.size)):
             raise ValueError(f"the ids of the {self.size} tokens are not 0 to {self.size - 1}")
         if not all(bytes([byte]) in ranks for byte in range(256)):
             raise ValueError("the vocabulary lacks one of the 256 bytes")
+        longest_first = sorted(filter(None, words), key=len, reverse=True)
+        self.words = re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
         self.encoding = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens=added)
         self.decode = self.encoding.decode
-        probe = "Ab, 12 ٣é中?!\n \t\x00🙂"
-        if self.decode(self.encoding.encode_ordinary(probe)) != probe:
-            raise ValueError(f"the pattern {pattern!r} loses a part of the text")
 
     def encode(self, text, continued):
-        text = unicodedata.normalize("NFC", text) if self.nfc else text
-        return self.encoding.encode(text, allowed_special=self.words, disallowed_special=())
+        ids = []
+        for i, part in enumerate(self.words.split(text) if self.words else [text]):
+            part = part if i % 2 else unicodedata.normalize("NFC", part) if self.nfc else part
+            ids += [self.added[part]] if i % 2 else self.encoding.encode_ordinary(part)
+        return ids
 
 
 class SentencePiece:
@@ -424,7 +438,7 @@ class SentencePiece:
                                       for more in (b"", b"\x1a\x02\x18\x00"))  # fmt: skip
         except RuntimeError:
             raise ValueError("neither lines 'base64 rank' (Llama 3) nor a SentencePiece model (Llama 2)") from None
-        self.decode = self.start.decode
+        self.decode, self.size = self.start.decode, self.start.vocab_size()
 
     def encode(self, text, continued):
         return (self.go_on if continued else self.start).encode(text)
@@ -436,13 +450,14 @@ class Tokenizer:
     kind: what was read; files: name -> bytes, to be saved with a run.
     """
 
-    def __init__(self, kind, backend, files, size, eos_id, bos_id=None, st_id=None):
-        self.kind, self.backend, self.files, self.size = kind, backend, files, size
+    def __init__(self, kind, backend, files, eos_id, bos_id=None, st_id=None):
+        self.kind, self.backend, self.files, self.size = kind, backend, files, backend.size
         self.eos_id, self.bos_id, self.st_id = eos_id, bos_id, st_id
 
     @classmethod
     def from_pretrained(cls, directory):
-        """The tokenizer of a directory, the first of READERS that is there, with tokenizer_config.json beside it.
+        """The tokenizer of a directory: the first of READERS that is there, with tokenizer_config.json and
+        added_tokens.json beside it.
 
         Raises FileNotFoundError or ValueError, naming the file: a tokenizer that would give other ids here than to its
         authors is refused.
@@ -450,12 +465,14 @@ class Tokenizer:
         directory = Path(directory)
         for names, read in READERS:
             if all((directory / name).is_file() for name in names):
-                paths = [directory / name for name in (*names, "tokenizer_config.json")]
+                paths = [directory / name for name in (*names, "tokenizer_config.json", "added_tokens.json")]
                 files = {path.name: path.read_bytes() for path in paths if path.is_file()}
                 try:
                     return read(files)
-                except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-                    raise ValueError(f"{directory}: {' with '.join(names)}: {error or type(error).__name__}") from None
+                except KeyError as error:
+                    raise ValueError(f"{directory}: {' with '.join(names)}: the field {error} is missing") from None
+                except (ValueError, TypeError, AttributeError, IndexError) as error:
+                    raise ValueError(f"{directory}: {' with '.join(names)}: {error}") from None
         raise FileNotFoundError(f"{directory}: no tokenizer: {', nor '.join(' with '.join(names) for names, _ in READERS)}")
 
     def __str__(self):
@@ -488,14 +505,37 @@ def demo_tokenizer():
     return _words({"words.json": json.dumps(DEMO_WORDS).encode()})
 
 
+def _json(files, name):
+    try:
+        return json.loads(files.get(name, "{}"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name} is not JSON ({error})") from None
+
+
 def _words(files):
-    words = json.loads(files["words.json"])
+    words = _json(files, "words.json")
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words) or len(set(words)) < len(words):
         raise ValueError("not a list of different strings")
     if "<bos>" not in words or "<eos>" not in words:
         raise ValueError("<bos> or <eos> is missing")
     ids = {word: i for i, word in enumerate(words)}
-    return Tokenizer("words.json", Words(words), files, len(words), ids["<eos>"], ids["<bos>"], ids.get("<st>"))
+    return Tokenizer("words.json", Words(words), files, ids["<eos>"], ids["<bos>"], ids.get("<st>"))
+
+
+def _finish(kind, backend, files, added, bos, *usual):
+    """The Tokenizer around a backend. added: name -> id of its special tokens; bos: the name of the one put first; the end
+    token is tokenizer_config.json's, or the first of the `usual` ones that is there."""
+    config = _json(files, "tokenizer_config.json")
+    eos = config.get("eos_token") or next((name for name in usual if name in added), None)
+    eos = eos["content"] if isinstance(eos, dict) else eos
+    if eos not in added:
+        raise ValueError(f"the end token {eos!r} is not among the added ones (tokenizer_config.json: eos_token)")
+    if unknown := _json(files, "added_tokens.json").keys() - added:
+        raise ValueError(f"added_tokens.json: {min(unknown)!r} is in no other file")
+    if config.get("add_bos_token") and bos is None:
+        raise ValueError("tokenizer_config.json: add_bos_token is not supported here")
+    bos = None if config.get("add_bos_token") is False else added.get(bos)
+    return Tokenizer(kind, backend, files, added[eos], bos, added.get(ST))
 
 
 def _tokenizer_model(files):
@@ -504,10 +544,9 @@ def _tokenizer_model(files):
     if not re.match(rb"[\w+/=]+ \d+\n", content):
         backend = SentencePiece(content)
         pieces = backend.start
-        if pieces.eos_id() < 0:
-            raise ValueError("the SentencePiece model has no end token")
-        bos = pieces.bos_id() if pieces.bos_id() >= 0 else None
-        return Tokenizer("SentencePiece (tokenizer.model)", backend, files, pieces.vocab_size(), pieces.eos_id(), bos)
+        special = {pieces.id_to_piece(i): i for i in range(backend.size) if pieces.is_control(i) or pieces.is_unknown(i)}
+        bos, eos = (pieces.id_to_piece(i) if i >= 0 else None for i in (pieces.bos_id(), pieces.eos_id()))
+        return _finish("SentencePiece (tokenizer.model)", backend, files, special, bos, eos)
     ranks = {}
     for number, line in enumerate(content.splitlines(), 1):
         try:
@@ -516,19 +555,21 @@ def _tokenizer_model(files):
         except ValueError:
             raise ValueError(f"line {number} is not of the form 'base64 rank'") from None
     n = len(ranks)
+    if n != LLAMA3_RANKS:
+        raise ValueError(f"{n} ranks, not the {LLAMA3_RANKS} of Llama 3: which pattern goes with them is not known")
     special = {0: "begin_of_text", 1: "end_of_text", 4: "finetune_right_pad_id", 6: "start_header_id",
                7: "end_header_id", 8: "eom_id", 9: "eot_id", 10: "python_tag"}  # fmt: skip
     reserved = iter(range(256))
     names = [f"<|{special.get(i) or f'reserved_special_token_{next(reserved)}'}|>" for i in range(256)]
     added = {name: n + i for i, name in enumerate(names)}
     backend = Tiktoken(LLAMA3_PATTERN, ranks, added)
-    return Tokenizer("Llama-3's ranks (tokenizer.model)", backend, files, backend.size, n + 1, n, added[ST])
+    return _finish("Llama-3's ranks (tokenizer.model)", backend, files, added, names[0], names[1])
 
 
 def _tokenizer_json(files):
     """Hugging Face's tokenizer.json, where it is a byte-level BPE: pattern, vocabulary, merges and added tokens are its own."""
-    raw = json.loads(files["tokenizer.json"])
-    model, normalizer = raw["model"], raw["normalizer"]
+    raw = _json(files, "tokenizer.json")
+    model, normalizer, cut = raw["model"], raw["normalizer"], raw["pre_tokenizer"] or {"type": None}
     if model.get("type", "BPE") != "BPE":
         raise ValueError(f"model.type {model['type']!r} is not supported (only 'BPE')")
     for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
@@ -536,63 +577,62 @@ def _tokenizer_json(files):
             raise ValueError(f"model.{name} = {model[name]!r} is not supported")
     if normalizer and normalizer["type"] != "NFC":
         raise ValueError(f"normalizer {normalizer['type']!r} is not supported (only none and 'NFC')")
-    cut = raw["pre_tokenizer"] or {"type": None}
-    cut = cut["pretokenizers"] if cut["type"] == "Sequence" else [cut]
-    if cut[-1]["type"] != "ByteLevel" or cut[-1]["add_prefix_space"]:
-        raise ValueError("pre_tokenizer: only byte-level ones without a prefixed space are supported")
-    pattern = GPT2_PATTERN
-    if not cut[-1].get("use_regex", True) and len(cut) == 2 and cut[0]["type"] == "Split":
-        pattern = cut[0]["pattern"].get("Regex")
-        if not pattern or cut[0]["behavior"] != "Isolated" or cut[0]["invert"]:
-            raise ValueError("pre_tokenizer: a Split that does not isolate the matches of a regular expression")
-    elif len(cut) != 1 or not cut[0].get("use_regex", True):
-        raise ValueError(f"pre_tokenizer: {', '.join(part['type'] for part in cut)} is not supported")
-    added = {token["content"]: token["id"] for token in raw["added_tokens"]}
-    words = {token["content"] for token in raw["added_tokens"] if not token["special"]}
+    *split, last = cut["pretokenizers"] if cut["type"] == "Sequence" else [cut]
+    if last["type"] != "ByteLevel" or last["add_prefix_space"] or bool(split) == last.get("use_regex", True):
+        raise ValueError("pre_tokenizer: only ByteLevel, without a prefixed space, and Split with ByteLevel are supported")
+    pattern = split[0].get("pattern", {}).get("Regex") if split else GPT2_PATTERN
+    if split and (pattern not in (LLAMA3_PATTERN, QWEN2_PATTERN) or split[0]["behavior"] != "Isolated" or split[0]["invert"]
+                  or len(split) > 1):  # fmt: skip
+        raise ValueError(f"pre_tokenizer: only Llama 3's and Qwen2's patterns are supported, not {split}")
+    added, words = _added(raw["added_tokens"], normalizer)
     merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
-    vocab = {token: i for token, i in model["vocab"].items() if token not in added}
-    ranks = _ranks(vocab, merges, model.get("ignore_merges", False))
+    ranks = _ranks({token: i for token, i in model["vocab"].items() if token not in added}, merges, model.get("ignore_merges"))
     post = raw["post_processor"] or {}
     first = [part["single"][0] for part in (post, *post.get("processors", ())) if part.get("type") == "TemplateProcessing"]
     bos = next((part["SpecialToken"]["id"] for part in first if "SpecialToken" in part), None)
-    backend = Tiktoken(pattern, ranks, added, words, nfc=normalizer is not None)
-    return _byte_level("tokenizer.json", backend, files, added, bos)
+    backend = Tiktoken(pattern, ranks, added, words, nfc=bool(normalizer))
+    return _finish("tokenizer.json", backend, files, added, bos, "<|end_of_text|>", "<|endoftext|>")
 
 
 def _vocab_and_merges(files):
     """GPT-2's or Qwen2's vocab.json, token -> id, and merges.txt, pairs in the order of their ids. GPT-2's vocabulary ends in
     its end token, Qwen2's special tokens are in tokenizer_config.json."""
-    vocab = json.loads(files["vocab.json"])
-    config = json.loads(files.get("tokenizer_config.json", b"{}"))
+    vocab, config = _json(files, "vocab.json"), _json(files, "tokenizer_config.json")
     family = config.get("tokenizer_class") or ("GPT2Tokenizer" if "<|endoftext|>" in vocab else "Qwen2Tokenizer")
     family = family.removesuffix("Fast").removesuffix("Tokenizer")
     if family not in ("GPT2", "Qwen2") or config.get("add_prefix_space"):
         raise ValueError("tokenizer_config.json: only GPT2Tokenizer and Qwen2Tokenizer without a prefixed space are supported")
-    added = {token["content"]: int(i) for i, token in config.get("added_tokens_decoder", {}).items()}
-    words = {token["content"] for token in config.get("added_tokens_decoder", {}).values() if not token["special"]}
+    tokens = [{**token, "id": int(i)} for i, token in config.get("added_tokens_decoder", {}).items()]
+    added, words = _added(tokens, family == "Qwen2")
     if "<|endoftext|>" in vocab:
         added["<|endoftext|>"] = vocab["<|endoftext|>"]
     elif not added:
         raise ValueError("tokenizer_config.json with the special tokens (added_tokens_decoder) is missing")
     lines = files["merges.txt"].decode().splitlines()
     merges = [tuple(line.split(" ")) for line in lines[lines[:1] != [] and lines[0].startswith("#version") :] if line]
-    vocab = {token: i for token, i in vocab.items() if token not in added}
-    ranks = _ranks(vocab, merges)
+    ranks = _ranks({token: i for token, i in vocab.items() if token not in added}, merges)
     backend = Tiktoken(GPT2_PATTERN if family == "GPT2" else QWEN2_PATTERN, ranks, added, words, nfc=family == "Qwen2")
-    return _byte_level(f"{family}'s vocab.json and merges.txt", backend, files, added, bos=None)
+    return _finish(f"{family}'s vocab.json and merges.txt", backend, files, added, None, "<|endoftext|>")
+
+
+def _added(tokens, nfc):
+    """(name -> id, names of those that are ordinary words) of the added tokens in Hugging Face's files."""
+    words = [token for token in tokens if not token["special"]]
+    for token in words:
+        if token["lstrip"] or token["rstrip"] or token["single_word"] or (nfc and token["normalized"]):
+            raise ValueError(f"the added token {token['content']!r} with lstrip, rstrip, single_word or normalized is not supported")
+    return {token["content"]: token["id"] for token in tokens}, {token["content"] for token in words}
 
 
 def _ranks(vocab, merges, ignore_merges=False):
     """Bytes -> id, from tokens that spell bytes as printable characters.
 
-    tiktoken merges the two neighbours whose union has the lowest id, whatever list they are in. That is the same as going
-    through `merges` in their order where the ids of the unions never fall, and every token is a union (ignore_merges:
-    a token that is a whole piece of the text needs no merges). Raises ValueError otherwise.
+    tiktoken merges the two neighbours whose union has the lowest id, whatever list they are in, and takes a piece that is a
+    token as it is. Going through `merges` in their order gives the same where the ids of the unions never fall, and each
+    token's bytes come to that token through them; or where (ignore_merges: Hugging Face, too, takes such a piece as it is)
+    every way to split the token is among the merges. Raises ValueError otherwise.
     """
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    byte_of = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-    unions, last = set(byte_of), -1
+    byte_of, last, pairs = _spelling(), -1, set(merges)
     for number, pair in enumerate(merges):
         union = "".join(pair)
         if len(pair) != 2 or not {*pair, union} <= vocab.keys():
@@ -601,22 +641,31 @@ def _ranks(vocab, merges, ignore_merges=False):
             raise ValueError(f"merge {number}, {' '.join(pair)!r}, has the id {vocab[union]} after {last}: the order of the "
                              f"merges is not that of the ids")  # fmt: skip
         last = vocab[union]
-        unions.add(union)
-    if not ignore_merges and vocab.keys() - unions:
-        raise ValueError(f"no merge makes the token {min(vocab.keys() - unions)!r}")
-    if unspelled := [token for token in vocab if not set(token) <= byte_of.keys()]:
-        raise ValueError(f"the token {unspelled[0]!r} is not spelled in bytes")
+    for token in vocab:
+        if not set(token) <= byte_of.keys():
+            raise ValueError(f"the token {token!r} is not spelled in bytes")
+        splits = {(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in vocab and token[i:] in vocab}
+        if not (ignore_merges and splits <= pairs) and len(token) > 1 and _last_merge(token, vocab) not in pairs:
+            raise ValueError(f"the merges do not make the token {token!r}, or not by themselves")
     return {bytes(map(byte_of.get, token)): i for token, i in vocab.items()}
 
 
-def _byte_level(kind, backend, files, added, bos):
-    """The Tokenizer around a byte-level BPE; its end token is tokenizer_config.json's, or the usual one."""
-    eos = json.loads(files.get("tokenizer_config.json", b"{}")).get("eos_token")
-    eos = eos.get("content") if isinstance(eos, dict) else eos
-    known = [name for name in (eos, "<|end_of_text|>", "<|endoftext|>") if name in added]
-    if not known or eos not in (None, known[0]):
-        raise ValueError(f"the end token is not among the added ones (tokenizer_config.json: eos_token {eos!r})")
-    return Tokenizer(kind, backend, files, backend.size, added[known[0]], added.get(bos), added.get(ST))
+def _spelling():
+    """Character -> byte, as GPT-2 spells bytes: printable ones as themselves, the others as characters from 256 on."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def _last_merge(token, vocab):
+    """What tiktoken has of a token's characters when only tokens of lower ids are merged."""
+    parts = tuple(token)
+    while True:
+        unions = [(vocab.get(a + b, vocab[token]), i) for i, (a, b) in enumerate(itertools.pairwise(parts))]
+        best, i = min(unions)
+        if best >= vocab[token]:
+            return parts
+        parts = (*parts[:i], parts[i] + parts[i + 1], *parts[i + 2 :])
 
 
 # What a directory may hold, and how it is read: the built-in task's words, Llama 2's and 3's own files, Hugging Face's.
@@ -763,7 +812,8 @@ def _check(name, published, path):
 
 
 def _download(published, part, timeout, attempts):
-    """The bytes of an address into the file `part`, what is there already left out."""
+    """The bytes of an address into the file `part`, what is there already left out. An answer that cannot be the rest of the
+    file, or all of it, is not written."""
     for attempt in range(1, attempts + 1):
         have = part.stat().st_size if part.exists() else 0
         if have and have == published.size:
@@ -771,25 +821,33 @@ def _download(published, part, timeout, attempts):
         try:
             request = urllib.request.Request(published.url, headers={"Range": f"bytes={have}-"} if have else {})
             with urllib.request.urlopen(request, timeout=timeout) as response:
-                if not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
-                    have = 0  # the server starts from the beginning
-                length = response.headers["Content-Length"]
-                total = have + int(length) if length else published.size
+                part_of = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
+                if response.status == 206 and (part_of is None or int(part_of[1]) != have):
+                    raise ConnectionError("the server sends another part than was asked for")
+                length = part_of[2] if part_of else response.headers["Content-Length"]
+                whole = int(length) if length else published.size
+                if have and published.size not in (None, whole):
+                    raise ConnectionError(f"the server has {whole} bytes, the published file has {published.size}")
+                have = have if response.status == 206 else 0  # else the server starts from the beginning
                 with open(part, "ab" if have else "wb") as file:
                     while block := response.read1(1 << 18):  # what is there, so that a stall loses nothing
-                        file.write(block)
                         have += len(block)
-                        _progress(part, have, total)
-            if have == total or total is None:
+                        if published.size and have > published.size:
+                            raise ConnectionError(f"the server has more than the {published.size} bytes of the published file")
+                        file.write(block)
+                        _progress(part, have, whole)
+            if whole is None or have == whole:
                 return
-            fault = f"the connection broke after {have} of {total} bytes"
+            fault = f"the connection broke after {have} of {whole} bytes"
         except urllib.error.HTTPError as error:
             fault = f"the server answers {error.code} {error.reason}"
+            if error.code == 416 and error.headers.get("Content-Range") == f"bytes */{have}":
+                return  # it was complete
             if error.code == 416:  # what is there is not the beginning of what is published
                 part.unlink(missing_ok=True)
-            elif error.code < 500 and error.code != 429:
+            elif error.code < 500 and error.code not in (408, 429):
                 raise ValueError(f"{published.url}: {fault}") from None
-        except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError) as error:
+        except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError, ValueError) as error:
             fault = str(getattr(error, "reason", error)) or type(error).__name__
         if attempt < attempts:
             time.sleep(min(2.0**attempt, timeout) / 4)
@@ -824,7 +882,7 @@ def stats(problems, tokenizer=None):
 
 def show_stats(name, data_dir, tokenizer):
     """Prints `stats` of each split that is there. FileNotFoundError where none is."""
-    missing, splits = [], DATASETS[name][1] if name in DATASETS else ("train", "valid", "test")
+    missing, splits = [], list(DATASETS[name][1] if name in DATASETS else ("train", "valid", "test"))
     for split in splits[:1] if Path(name).is_file() else splits:
         try:
             print(f"{name}, {split}: {stats(load(name, split, data_dir=data_dir), tokenizer)}\n")
@@ -832,6 +890,8 @@ def show_stats(name, data_dir, tokenizer):
             missing.append(error)
     if len(missing) == len(splits):
         raise missing[0]
+    for error in missing:
+        print(f"not there: {error}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -859,7 +919,9 @@ def main(argv=None):
     with one_line_errors():
         options = parser.parse_args(argv)
         if options.names[0] == "stats":
-            tokenizer = options.tokenizer and Tokenizer.from_pretrained(options.tokenizer)
+            if not options.names[1:]:
+                raise ValueError("stats of what? Name a data set, or a path")
+            tokenizer = Tokenizer.from_pretrained(options.tokenizer) if options.tokenizer is not None else None
             for name in options.names[1:]:
                 show_stats(name, options.data_dir, tokenizer)
         else:

@@ -58,7 +58,7 @@ class ModelConfig:
             return (_read_gpt2 if raw.get("model_type") == "gpt2" else _read_llama)(raw)
         except KeyError as error:
             raise ValueError(f"{path}: the field {error} is missing") from None
-        except (TypeError, AttributeError, ZeroDivisionError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (TypeError, AttributeError, ArithmeticError, RecursionError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path}: not a model configuration ({error})") from None
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
@@ -69,15 +69,17 @@ class ModelConfig:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                      "num_key_value_heads", "head_dim", "max_position_embeddings"):  # fmt: skip
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} is {value!r}, not a whole number of at least 1")
+            if type(value) is not int or not 1 <= value < 2**31:
+                raise ValueError(f"{name} is {value!r}, not a whole number from 1 to 2147483647")
         for name, value in {"norm_eps": self.norm_eps, "rope_theta": self.rope_theta, **(self.rope_scaling or {})}.items():
-            if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            if type(value) not in (int, float) or not 0 < value < 1e30:
                 raise ValueError(f"{name} is {value!r}, not a positive number")
         if not isinstance(self.tie_word_embeddings, bool):
             raise ValueError(f"tie_word_embeddings is {self.tie_word_embeddings!r}, not true or false")
         if self.rope_scaling is not None and set(self.rope_scaling) != set(LLAMA3_ROPE):
             raise ValueError(f"rope_scaling holds {sorted(self.rope_scaling)}, not {sorted(LLAMA3_ROPE)}")
+        if self.rope_scaling is not None and self.rope_scaling["low_freq_factor"] >= self.rope_scaling["high_freq_factor"]:
+            raise ValueError("low_freq_factor is not below high_freq_factor")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(f"num_attention_heads {self.num_attention_heads} is not a multiple of "
                              f"num_key_value_heads {self.num_key_value_heads}")  # fmt: skip
@@ -97,11 +99,16 @@ def _read_llama(raw):
     _expect(raw | {"layer_types": layer_types}, model_type=("llama", "qwen2"), hidden_act=("silu",), mlp_bias=(False,),
             attention_bias=(False,) if raw.get("model_type") == "llama" else (True, False), quantization_config=(None,),
             use_sliding_window=(False,), layer_types=(["full_attention"],))  # fmt: skip
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     _expect(raw | rope, partial_rotary_factor=(1.0, None))
+    if raw.get("rope_parameters") and rope != raw["rope_parameters"]:
+        raise ValueError("rope_scaling and rope_parameters are both there, and differ")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ("default", "llama3"):
         raise ValueError(f"rope type {rope_type!r} is not supported (only 'default', 'llama3')")
+    for name in {"rope_theta", "original_max_position_embeddings"} & raw.keys() & rope.keys():
+        if raw[name] != rope[name]:
+            raise ValueError(f"{name} is {raw[name]!r}, but {rope[name]!r} among the parameters of the rope")
     heads = raw["num_attention_heads"]
     return ModelConfig(
         model_type=raw["model_type"], vocab_size=raw["vocab_size"], hidden_size=raw["hidden_size"],
@@ -110,8 +117,8 @@ def _read_llama(raw):
         head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
         max_position_embeddings=raw["max_position_embeddings"], norm_eps=raw["rms_norm_eps"],
         tie_word_embeddings=raw.get("tie_word_embeddings", False),
-        rope_theta=raw.get("rope_theta", rope.get("rope_theta", 10000.0)),
-        rope_scaling={name: float(rope[name]) for name in LLAMA3_ROPE} if rope_type == "llama3" else None,
+        rope_theta=rope.get("rope_theta", raw.get("rope_theta", 10000.0)),
+        rope_scaling={name: float((raw | rope)[name]) for name in LLAMA3_ROPE} if rope_type == "llama3" else None,
     )  # fmt: skip
 
 
@@ -587,9 +594,20 @@ def _load_base(model, directory):
             raise ValueError(f"{directory}: the tensor {'' if name == 'lm_head.weight' else prefix}{name} is missing")
         _copy(parameter, files[stored[name]], stored[name], third)
         used.add(name)
-    ignorable = [".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq"]  # causal masks, rope: computed here
-    if model.config.tie_word_embeddings:
-        ignorable.append("lm_head.weight")
+    ignorable = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # causal masks, rope: computed here
     for name in stored.keys() - used:
-        if not name.endswith(tuple(ignorable)):
-            raise ValueError(f"{files[stored[name]]}: the tensor {stored[name]} has no place in this model")
+        path, tied = files[stored[name]], name == "lm_head.weight" and model.config.tie_word_embeddings
+        if tied and not _same(model.embed_tokens, path, stored[name]):
+            raise ValueError(f"{path}: {name} is not the embedding, though tie_word_embeddings is true")
+        if not tied and not name.endswith(ignorable):
+            raise ValueError(f"{path}: the tensor {stored[name]} has no place in this model")
+
+
+def _same(parameter, path, name, rows=8192):
+    """Is a file's tensor the parameter [V, n]? Some rows are read at a time."""
+    for start in range(0, len(parameter), rows):
+        with _open_safetensors(path) as file:
+            part, mine = file.get_slice(name)[start : start + rows], parameter[start : start + rows]
+        if part.shape != mine.shape or not torch.equal(part.to(mine), mine):
+            return False
+    return True

@@ -131,7 +131,8 @@ def start_processes(options):
 
 # The files of a run beside config.json, which says what they are.
 RUN_FILES = ("adapter.safetensors", "trainer.safetensors", "log.jsonl", "result.json", "table.md", "words.json",
-             "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")  # fmt: skip
+             "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "added_tokens.json",
+             "vocab.json", "merges.txt")  # fmt: skip
 TRAIN_SAMPLE = 500  # so many training problems are answered for the table of a comparison
 FREE_TO_CHANGE = ("out", "resume", "overwrite", "compare", "device", "data_dir")  # between a run and its resumption
 

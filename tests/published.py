@@ -70,7 +70,7 @@ def llama3_json():
     spelled = {token: "".join(spelling[byte] for byte in token) for token in ranks}
     merges = [(spelled[token[:i]], spelled[token[i:]]) for token in ranks for i in range(1, len(token))
               if token[:i] in ranks and token[i:] in ranks]  # fmt: skip
-    special = data.Tokenizer.from_pretrained(DIR / "tokenizers/llama3").backend.encoding._special_tokens
+    special = data.Tokenizer.from_pretrained(DIR / "tokenizers/llama3").backend.added
     vocab = {spelled[token]: rank for token, rank in ranks.items()}
     theirs = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=merges, ignore_merges=True))
     pattern = tokenizers.Regex(data.LLAMA3_PATTERN)

@@ -107,11 +107,12 @@ def test_the_picture_in_the_readme_is_what_the_code_prints():
         assert f"\n{picture}\n" in readme
 
 
-def test_layout_with_a_tokenizer_that_would_merge_across_the_seams(tmp_path):
+def test_layout_with_a_tokenizer_that_would_merge_across_the_seams(tmp_path, monkeypatch):
     """A Llama-3 file with tokens like '?<<' and ':-': each piece is encoded by itself, z_N is ':' all the same."""
     ranks = [bytes([i]) for i in range(256)] + [b"?<", b"?<<", b":-", b"r:", b"<<", b">>"]
     lines = (base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(ranks))
     (tmp_path / "tokenizer.model").write_bytes(b"".join(lines))
+    monkeypatch.setattr(data, "LLAMA3_RANKS", len(ranks))
     tokenizer = data.Tokenizer.from_pretrained(tmp_path)
     pathways = dart.Pathway(steps=True, drop_last_step=True), dart.Pathway(n_fill=2, fill_id=tokenizer.st_id, silent=True)
     problem = Problem("A  b?", ["<<1-9=-8>>", "<<-8-1=-9>>"], "-9")

@@ -332,6 +332,11 @@ def write_config(directory, family, **changes):
     [
         ("llama", "model_type", "mistral"),
         ("llama", "rope_parameters", {"rope_type": "yarn", "factor": 2.0}),
+        ("llama", "rope_scaling", {"rope_type": "yarn", "factor": 2.0}),
+        ("llama", "rope_scaling", {"rope_type": "llama3", "factor": 2.0}),
+        ("llama", "rope_scaling", [1]),
+        ("llama", "rope_theta", 20000.0),
+        ("llama", "original_max_position_embeddings", 64),
         ("llama", "attention_bias", True),
         ("llama", "mlp_bias", True),
         ("llama", "hidden_act", "gelu"),
@@ -339,6 +344,9 @@ def write_config(directory, family, **changes):
         ("llama", "hidden_size", "absent"),
         ("llama", "num_hidden_layers", 0),
         ("llama", "hidden_size", "32"),
+        ("llama", "vocab_size", 10**30),
+        ("llama", "rms_norm_eps", 10**400),
+        ("llama", "rms_norm_eps", True),
         ("llama", "num_key_value_heads", 3),
         ("llama", "tie_word_embeddings", "false"),
         ("llama", "partial_rotary_factor", 0.5),
@@ -350,7 +358,8 @@ def write_config(directory, family, **changes):
     ],
 )
 def test_a_configuration_that_would_compute_something_else_is_refused_by_name(tmp_path, family, field, value):
-    with pytest.raises(ValueError, match="rope type" if "rope" in field else field):
+    names = {"rope_parameters": "rope type", "rope_scaling": "rope|not a model", "rms_norm_eps": "norm_eps"}
+    with pytest.raises(ValueError, match="config.json.*" + f"({names.get(field, field)})"):
         ModelConfig.from_pretrained(write_config(tmp_path, family, **{field: value}))
 
 
@@ -358,8 +367,15 @@ def test_the_older_spelling_of_rope_in_a_configuration(tmp_path):
     new = ModelConfig.from_pretrained(FIXTURES / "llama")
     rope = json.loads((FIXTURES / "llama" / "config.json").read_text())["rope_parameters"]
     theta = rope.pop("rope_theta")
+    assert ModelConfig.from_pretrained(write_config(tmp_path, "llama", rope_theta=theta)) == new  # said twice, the same
     old = write_config(tmp_path, "llama", rope_parameters="absent", rope_theta=theta, rope_scaling=rope)
     assert ModelConfig.from_pretrained(old) == new
+
+
+def test_factors_of_the_rope_must_be_in_order(tmp_path):
+    rope = json.loads((FIXTURES / "llama" / "config.json").read_text())["rope_parameters"]
+    with pytest.raises(ValueError, match="low_freq_factor is not below"):
+        ModelConfig.from_pretrained(write_config(tmp_path, "llama", rope_parameters=rope | {"low_freq_factor": 4.0}))
 
 
 def test_a_configuration_with_zeros_or_nulls(tmp_path):
@@ -372,7 +388,7 @@ def test_a_configuration_with_zeros_or_nulls(tmp_path):
     assert heads == 4
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"model_type": 3}', '{"model_type": "llama"}', "\xff"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "[" * 100_000, '{"model_type": 3}', '{"model_type": "llama"}', "\xff"])
 def test_a_broken_configuration_is_a_value_error_with_its_path(tmp_path, text):
     (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match="config.json"):
@@ -497,6 +513,19 @@ def test_gpt2_loads_with_and_without_prefix_and_ignores_the_mask_buffers(tmp_pat
     ids = expected("gpt2")["ids"][:, :20]
     with torch.no_grad():
         assert torch.equal(Transformer.from_pretrained(tmp_path)(ids), Transformer.from_pretrained(FIXTURES / "gpt2")(ids))
+
+
+@pytest.mark.parametrize("change", [lambda head: head[:-1], lambda head: head + 1e-3])
+def test_a_tied_head_that_is_not_the_embedding_is_refused(tmp_path, change):
+    shutil.copy(FIXTURES / "qwen2" / "config.json", tmp_path)
+    tensors = load_file(FIXTURES / "qwen2" / "model.safetensors")
+    for head, fits in ((tensors["model.embed_tokens.weight"].clone(), True), (change(tensors["model.embed_tokens.weight"]), False)):
+        save_file({**tensors, "lm_head.weight": head.clone()}, tmp_path / "model.safetensors")
+        if fits:
+            Transformer.from_pretrained(tmp_path, dtype=torch.bfloat16)
+        else:
+            with pytest.raises(ValueError, match="lm_head.weight is not the embedding, though tie_word_embeddings"):
+                Transformer.from_pretrained(tmp_path)
 
 
 def test_a_row_longer_than_the_models_positions_is_refused():
