@@ -620,7 +620,8 @@ def _added(tokens, nfc):
     words = [token for token in tokens if not token["special"]]
     for token in words:
         if token["lstrip"] or token["rstrip"] or token["single_word"] or (nfc and token["normalized"]):
-            raise ValueError(f"the added token {token['content']!r} with lstrip, rstrip, single_word or normalized is not supported")
+            raise ValueError(f"the added token {token['content']!r} with lstrip, rstrip, single_word or normalized is not "
+                             f"supported")  # fmt: skip
     return {token["content"]: token["id"] for token in tokens}, {token["content"] for token in words}
 
 
@@ -723,10 +724,10 @@ WINDOW, GROUP = 256, 16  # in global batches: rows are sorted by length within a
 def epoch_batches(lengths, batch_size, seed, epoch):
     """The global batches of one epoch: a list of index arrays [batch_size], a pure function of the arguments.
 
-    lengths [N, P]: the tokens of each problem in each of P pathways, N >= batch_size. The problems are shuffled, windows of WINDOW batches
-    sorted by their length in the last pathway, groups of GROUP batches therein by that in the first, cut into batches,
-    and the batches shuffled: the rows of a batch are of about one length in every pathway, so that little is padding.
-    What does not fill a batch waits for another epoch's shuffle.
+    lengths [N, P]: the tokens of each problem in each of P pathways, N >= batch_size. The problems are shuffled, windows
+    of WINDOW batches sorted by their length in the last pathway, groups of GROUP batches therein by that in the first, cut
+    into batches, and the batches shuffled: the rows of a batch are of about one length in every pathway, so that little is
+    padding. What does not fill a batch waits for another epoch's shuffle.
     """
     rng = np.random.default_rng((seed, epoch))
     lengths = np.asarray(lengths)
@@ -847,7 +848,8 @@ def _download(published, part, timeout, attempts):
                 part.unlink(missing_ok=True)
             elif error.code < 500 and error.code not in (408, 429):
                 raise ValueError(f"{published.url}: {fault}") from None
-        except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError, ValueError) as error:
+        except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError,
+                ValueError) as error:  # fmt: skip
             fault = str(getattr(error, "reason", error)) or type(error).__name__
         if attempt < attempts:
             time.sleep(min(2.0**attempt, timeout) / 4)
