@@ -39,17 +39,30 @@ class Options:
     """The options of a method. The defaults are the paper's (Section 3, Appendix C), and where it says nothing those of
     the README's table."""
 
-    method: str = option("dart", "training method", choices=("dart", "no-cot", "pause", "cot"))
+    method: str = option("dart", "training method", choices=("dart", "cot", "no-cot", "pause", "icot", "coconut", "codi"))
     n_st: int = option(20, "number C of silent tokens (dart, pause)")
-    last_step: str = option("auto", "the last step of the CoT in training; auto: dart drops it, cot keeps it",
+    last_step: str = option("auto", "the last step of the CoT in training; auto: dart and codi drop it, the others keep it",
                             choices=("auto", "drop", "keep"))  # fmt: skip
-    distill_weight: float = option(20.0, "lambda of equation (5); 0 leaves the distillation out")
-    attach_teacher: bool = option(False, "let the distillation loss train the CoT pathway, too")
-    lora_rank: int = option(128, "LoRA rank on q, k, v, o; 0: no LoRA, all weights are trained")
+    distill_weight: float = option(20.0, "lambda of equation (5) (dart, codi); 0 leaves the distillation out")
+    distill_norm: str = option("auto", "of the difference of two states: mean or sum of absolute values, or mean smooth L1; "
+                               "auto: l1, in codi smooth-l1", choices=("auto", "l1", "l1-sum", "smooth-l1"))  # fmt: skip
+    distill_at: str = option("z_N", "tokens whose states are compared: the separator's last, the answer's first, or the "
+                             "separator's last and the answer with EOS", choices=("z_N", "y_1", "z_N+Y"))  # fmt: skip
+    attach_teacher: bool = option(False, "let the distillation loss train the CoT pathway, too (dart, codi)")
+    lora_rank: int = option(128, "LoRA rank on q, k, v, o (codi: in the MLP, too); 0: no LoRA, all weights are trained")
     lora_alpha: float = option(32.0, "LoRA is scaled by lora_alpha / lora_rank")
     lora_dropout: float = option(0.1, "dropout on LoRA's input", high=1)
     rem_rank: int = option(128, "rank d of REM (dart); 0: no REM")
     rem_alpha: float = option(32.0, "REM is scaled by rem_alpha / rem_rank")
+    rem_is_lora: bool = option(False, "a second LoRA on k and v, in the ST pathway only, in place of REM (dart)")
+    n_thoughts: int = option(6, "continuous thoughts (codi)", low=1)
+    thoughts_per_step: int = option(2, "continuous thoughts for each step that is left out (coconut)", low=1)
+    max_stage: int = option(3, "stages that each leave out one step more, before all are left out (coconut)", low=1)
+    epochs_per_stage: float = option(3.0, "epochs of a stage (coconut)", low=0.001)
+    removal_per_epoch: float = option(8.0, "tokens of the CoT removed in an epoch (icot)", low=0.001)
+    removal_smoothing: float = option(4.0, "k more tokens are removed from a row with a probability that falls as "
+                                      "exp(-this k); 0: none (icot)")  # fmt: skip
+    remove_all_beyond: int = option(39, "more tokens removed than this: all are removed (icot)")
 
 
 # ---------------------------------------------------------------------------------------------------------- pathways
@@ -61,27 +74,39 @@ class Pathway:
 
     steps: bool = False  # the steps of the CoT, which the model writes itself
     drop_last_step: bool = False  # in training: the last step mostly spells the answer, which would be copied from it
+    skip_steps: int = 0  # in training: so many of the first steps are left out,
+    skip_tokens: int = 0  # so many of the first tokens of the CoT
     n_fill: int = 0  # C silent tokens ...
     fill_id: int = -1  # ... of this id
     silent: bool = False  # REM on
+    marks: tuple = ()  # ids before and after ...
+    thoughts: int = 0  # ... so many continuous thoughts (their places hold the first mark's id, which is not read there)
 
     def prompt(self, question, tokenizer):
         """The ids before the first one that the model writes itself."""
-        ids = tokenizer.encode(normalise(question), bos=True, eos=False)
-        if self.steps:
-            return ids
-        return ids + [self.fill_id] * self.n_fill + tokenizer.encode(SEPARATOR, bos=False, eos=False, continued=True)
+        ids = tokenizer.encode(normalise(question), bos=True, eos=False) + [self.fill_id] * self.n_fill
+        if self.marks:
+            ids += [self.marks[0]] * (1 + self.thoughts) + [self.marks[1]]
+        return ids if self.steps else ids + self.separator(tokenizer)
+
+    def separator(self, tokenizer):
+        return tokenizer.encode(SEPARATOR, bos=False, eos=False, continued=True)
+
+    def start(self, prompt_length, tokenizer):
+        """The index of the first thought."""
+        return prompt_length - (0 if self.steps else len(self.separator(tokenizer))) - 1 - self.thoughts
 
     def row(self, problem, tokenizer):
         """The row that is learned: prompt, Z where the model writes it, Y and EOS. The pieces are encoded one by one, so
         that z_N is where we put it, whatever the tokenizer would merge across the seams."""
         prompt, z = self.prompt(problem.question, tokenizer), []
         if self.steps:
-            steps = problem.steps[:-1] if self.drop_last_step else problem.steps
-            z = tokenizer.encode(" ".join(steps), bos=False, eos=False, continued=True)
-            z += tokenizer.encode(SEPARATOR, bos=False, eos=False, continued=True)
+            steps = problem.steps[self.skip_steps : -1 if self.drop_last_step else None]
+            z = tokenizer.encode(" ".join(steps), bos=False, eos=False, continued=True)[self.skip_tokens :]
+            z += self.separator(tokenizer)
         y = tokenizer.encode(problem.answer, bos=False, eos=True, continued=True)
-        return Row(np.array(prompt + z + y, dtype=np.int32), len(prompt), len(prompt) + len(z))
+        return Row(np.array(prompt + z + y, dtype=np.int32), len(prompt), len(prompt) + len(z),
+                   self.start(len(prompt), tokenizer) if self.marks else 0, self.thoughts)  # fmt: skip
 
     def read(self, text):
         """The answer in what the model wrote: all of it, or what follows the last separator ('' where there is none)."""
@@ -90,13 +115,42 @@ class Pathway:
         return text.rpartition(SEPARATOR)[2] if SEPARATOR in text else ""
 
 
+# ------------------------------------------------------------------------------------------------ continuous thoughts
+
+
+def think(model, ids, start, end, thoughts, cache, silent=False, at=None):
+    """A pass over rows with continuous thoughts (Coconut, CODI): in the place of ids[b, start_b : start_b + thoughts], each
+    one is the hidden state before it, through the model's projector where it has one.
+
+    ids [B, T], rows of the lengths end [B]; start [B], thoughts > 0; at [B] or [B, P]: as in `Transformer.forward` ->
+    (hidden [B, R, n] from the last thought on, first [B]: that thought's index in its row, states at `at`). The thoughts come
+    one after the other, through the cache, which must hold 2 T tokens; the gradients flow through it.
+    """
+    rows, T = torch.arange(len(ids), device=ids.device), ids.shape[1]
+    project = model.projector or (lambda hidden: hidden)
+    hidden = model(ids[:, : int(start.max())], silent, cache=cache)[rows, start - 1]  # [B, n]
+    for i in range(thoughts - 1):
+        hidden = model(project(hidden)[:, None], silent, (start + i)[:, None], cache)[:, 0]
+    first = start + thoughts - 1
+    positions = first[:, None] + torch.arange(int((end - first).max()), device=ids.device)  # [B, R]; beyond `end`: padding
+    positions = positions.clamp(max=model.config.max_position_embeddings - 1)
+    x = model.embed(ids.gather(1, positions.clamp(max=T - 1))).to(hidden.dtype)
+    x = torch.cat((project(hidden)[:, None], x[:, 1:]), dim=1)
+    if at is None:
+        return model(x, silent, positions, cache), first, None
+    hidden, states = model(x, silent, positions, cache, at - first.view(-1, *[1] * (at.dim() - 1)))
+    return hidden, first, states
+
+
 # ------------------------------------------------------------------------------------------------------------ losses
 
 
-def cross_entropy(model, hidden, batch):
+def cross_entropy(model, hidden, batch, first=None):
     """Equations (1) and (2): per row, the mean over Z, where it is learned, plus the mean over Y; then the mean over the
-    rows. hidden [B, T, n] -> scalar. Logits are computed for the K learned tokens only."""
-    logits = model.logits(hidden[batch.row, batch.col - 1]).float()  # [K, V]
+    rows. hidden [B, T, n] (from the index first [B] on, where it is given) -> scalar. Logits are computed for the K learned
+    tokens only."""
+    col = batch.col - 1 if first is None else batch.col - 1 - first[batch.row]
+    logits = model.logits(hidden[batch.row, col]).float()  # [K, V]
     nll = F.cross_entropy(logits, batch.ids[batch.row, batch.col], reduction="none")  # [K]
     return (nll * batch.weight).sum() / len(batch.ids)
 
@@ -119,15 +173,20 @@ def _all_reduce(tensor):
     return tensor
 
 
-def distill_loss(teacher, student, sigma=None, attached=False):
+def distill_loss(teacher, student, sigma=None, attached=False, norm="l1", weight=None):
     """Equation (4): (1/L) sum_l mean |h~_l - h^_l| / sigma_l, a scalar. The mean, over B and n, stands for the L1 norm.
 
     teacher, student [L, B, n]; sigma [L], where None that of the teacher given here. The teacher gets no gradient
-    unless it is `attached`; sigma never does, and is kept off 0.
+    unless it is `attached`; sigma never does, and is kept off 0. norm: the alternatives of Options.distill_norm. weight [B],
+    with the sum 1, replaces the mean over B.
     """
     sigma = global_std([teacher]) if sigma is None else sigma
-    teacher = teacher if attached else teacher.detach()
-    distance = (teacher.float() - student.float()).abs().mean(dim=(1, 2))  # [L]
+    teacher, student = (teacher if attached else teacher.detach()).float(), student.float()
+    if norm == "smooth-l1":
+        distance = F.smooth_l1_loss(student, teacher, reduction="none").mean(2)  # [L, B]
+    else:
+        distance = (teacher - student).abs().sum(2) / (1 if norm == "l1-sum" else teacher.shape[2])
+    distance = distance.mean(1) if weight is None else distance @ weight  # [L]
     return (distance / sigma.clamp(min=1e-6)).mean()
 
 
@@ -140,30 +199,64 @@ class Method(nn.Module):
     pathways: name -> Pathway. Questions are answered through the last one.
     """
 
-    rem = False  # does the model have REM?
-    fill = None  # the silent token: None, 'reserved' (an id the tokenizer can spare, if any), 'trained' (a row of its own)
+    drops_last_step = False  # by default
+    train_special = False  # are the rows of its special ids trained, though the base is frozen?
 
     @classmethod
-    def adapters(cls, tokenizer, options):
-        """The model.Adapters that this method asks of the model."""
-        own_row = options.n_st > 0 and (cls.fill == "trained" or (cls.fill == "reserved" and tokenizer.st_id is None))
-        return Adapters(options.lora_rank, options.lora_alpha, options.lora_dropout,
-                        options.rem_rank if cls.rem else 0, options.rem_alpha,
-                        extra_rows=int(own_row), train_extra_rows=cls.fill == "trained")  # fmt: skip
+    def special(cls, options):
+        """The number of its special ids: silent tokens, or marks of thoughts."""
+        return 0
+
+    @classmethod
+    def adapters(cls, tokenizer, options, **more):
+        """The model.Adapters that this method asks of the model: special ids are those that the tokenizer has in reserve,
+        if it has so many, else rows behind the vocabulary."""
+        rows = cls.special(options)
+        if len(tokenizer.reserved) >= rows and not cls.train_special:
+            rows = 0
+        return Adapters(lora_rank=options.lora_rank, lora_alpha=options.lora_alpha, lora_dropout=options.lora_dropout,
+                        extra_rows=rows, train_extra_rows=cls.train_special or not options.lora_rank, **more)  # fmt: skip
 
     def __init__(self, model, tokenizer, options):
         super().__init__()
         self.model, self.tokenizer, self.options = model, tokenizer, options
-        self.fill_id = model.config.vocab_size if model.adapters.extra_rows else tokenizer.st_id
+        V, rows = model.config.vocab_size, model.adapters.extra_rows
+        self.special_ids = tuple(range(V, V + rows)) if rows else tokenizer.reserved[: self.special(options)]
+        self.drop = options.last_step == "drop" or (options.last_step == "auto" and self.drops_last_step)
         self.pathways = self.make_pathways()
 
+    def stage(self, step, steps_per_epoch):
+        """How far the CoT is left out in the step (0, 1, ...), for methods that leave it out by and by. Where it changes, the
+        optimizer starts anew."""
+
+    def training_pathway(self, name, stage, draw):
+        """The Pathway that a row is laid out by; draw: the row's random number in [0, 1)."""
+        return self.pathways[name]
+
+    def compared(self, batch):
+        """Where the states are compared (Options.distill_at): (at [B] or [B, P], mask [B, P] or None, weight [K] or None)."""
+        if self.options.distill_at != "z_N+Y":
+            return batch.at + (self.options.distill_at == "y_1"), None, None
+        at = batch.at[:, None] + torch.arange(int((batch.end - batch.at).max()), device=batch.at.device)
+        mask = at < batch.end[:, None]
+        weight = mask / mask.sum(1, keepdim=True) / len(mask)
+        return torch.where(mask, at, batch.at[:, None]), mask, weight[mask]
+
     def forward(self, name, batch, teacher=None, sigma=None):
-        """One pass through the pathway `name`: (losses, states at z_N [L, B, n]). A loss is a mean over the B rows; the
-        cross-entropy goes by the pathway's name, and 'distill' is there where there is a teacher."""
-        hidden, states = self.model(batch.ids, silent=self.pathways[name].silent, at=batch.at)
-        losses = {name: cross_entropy(self.model, hidden, batch)}
+        """One pass through the pathway `name`: (losses, states that are compared [L, K, n]). A loss is a mean over the B rows;
+        the cross-entropy goes by the pathway's name, and 'distill' is there where there is a teacher."""
+        silent, (at, mask, weight), first = self.pathways[name].silent, self.compared(batch), None
+        if batch.thoughts:
+            B, T = batch.ids.shape
+            cache = KVCache(self.model.config, B, 2 * T, self.model.compute_dtype, batch.ids.device)
+            hidden, first, states = think(self.model, batch.ids, batch.start, batch.end, batch.thoughts, cache, silent, at)
+        else:
+            hidden, states = self.model(batch.ids, silent, at=at)
+        states = states if mask is None else states[:, mask]
+        losses = {name: cross_entropy(self.model, hidden, batch, first)}
         if teacher is not None:
-            losses["distill"] = distill_loss(teacher, states, sigma, self.options.attach_teacher)
+            norm = self.norm if self.options.distill_norm == "auto" else self.options.distill_norm
+            losses["distill"] = distill_loss(teacher, states, sigma, self.options.attach_teacher, norm, weight)
         return losses, states
 
     def passes(self, run_pass, micro_batches):
@@ -191,67 +284,152 @@ class NoCoT(Method):
 class Pause(Method):
     """PauseFT (Goyal et al. 2024): Q | <pause> x C | Answer: | Y EOS, the embedding of <pause> trained."""
 
-    fill = "trained"
+    train_special = True
+
+    @classmethod
+    def special(cls, options):
+        return int(options.n_st > 0)
 
     def make_pathways(self):
-        return {"pause": Pathway(n_fill=self.options.n_st, fill_id=self.fill_id)}
+        return {"pause": Pathway(n_fill=self.options.n_st, fill_id=(*self.special_ids, -1)[0])}
 
 
 class CoT(Method):
     """Fine-tuning on the steps: Q | steps | Answer: | Y EOS, with the loss of equation (1)."""
 
     def make_pathways(self):
-        return {"cot": Pathway(steps=True, drop_last_step=self.options.last_step == "drop")}
+        return {"cot": Pathway(steps=True, drop_last_step=self.drop)}
+
+
+ALL = 10**9  # the stage that leaves out all of the CoT
+
+
+class ICoT(Method):
+    """Stepwise internalisation (iCoT-SI, Deng et al. 2024): Q | steps but their first s tokens | Answer: | Y EOS. s grows by
+    one every so many steps, a few rows are ahead of it, and in the end none is left."""
+
+    def stage(self, step, steps_per_epoch):
+        s = step // max(1, round(steps_per_epoch / self.options.removal_per_epoch))
+        return s if s <= self.options.remove_all_beyond else ALL
+
+    def training_pathway(self, name, stage, draw):
+        """P(k tokens more) is proportional to exp(-removal_smoothing k)."""
+        if stage == ALL:
+            return self.pathways[name]
+        smoothing = self.options.removal_smoothing
+        ahead = int(-np.log1p(-draw) / smoothing) if smoothing else 0
+        return Pathway(steps=True, drop_last_step=self.drop, skip_tokens=stage + ahead)
+
+    def make_pathways(self):
+        return {"icot": Pathway()}
+
+
+class Coconut(Method):
+    """Continuous thoughts (Hao et al. 2024): Q | <bot> | c k thoughts | <eot> | steps but the first k | Answer: | Y EOS. k
+    grows by one at each stage; after max_stage of them all steps are left out, and the thoughts stay."""
+
+    train_special = True
+
+    @classmethod
+    def special(cls, options):
+        return 2
+
+    def stage(self, step, steps_per_epoch):
+        k = int(step / steps_per_epoch / self.options.epochs_per_stage)
+        return k if k <= self.options.max_stage else ALL
+
+    def training_pathway(self, name, stage, draw):
+        if stage == ALL:
+            return self.pathways[name]
+        return Pathway(steps=True, drop_last_step=self.drop, skip_steps=stage, marks=self.special_ids,
+                       thoughts=stage * self.options.thoughts_per_step)  # fmt: skip
+
+    def make_pathways(self):
+        thoughts = self.options.max_stage * self.options.thoughts_per_step
+        return {"coconut": Pathway(marks=self.special_ids, thoughts=thoughts)}
 
 
 class DART(Method):
     """Both pathways, and the distillation between them (Section 3)."""
 
-    rem = True
-    fill = "reserved"
+    norm = "l1"
+    drops_last_step = True
+
+    @classmethod
+    def special(cls, options):
+        return int(options.n_st > 0)
+
+    @classmethod
+    def adapters(cls, tokenizer, options):
+        return super().adapters(tokenizer, options, rem_rank=options.rem_rank, rem_alpha=options.rem_alpha,
+                                rem_is_lora=options.rem_is_lora)  # fmt: skip
 
     def make_pathways(self):
-        return {"cot": Pathway(steps=True, drop_last_step=self.options.last_step != "keep"),
-                "st": Pathway(n_fill=self.options.n_st, fill_id=self.fill_id, silent=True)}  # fmt: skip
+        return {"cot": Pathway(steps=True, drop_last_step=self.drop),
+                "st": Pathway(n_fill=self.options.n_st, fill_id=(*self.special_ids, -1)[0], silent=True)}  # fmt: skip
 
     def passes(self, run_pass, micro_batches):
-        """All CoT passes, sigma over the whole batch, then all ST passes. A detached teacher's graph is gone before the
-        ST pathway's is built; an attached one's stays until the ST pass of the same rows."""
-        attached, teachers = self.options.attach_teacher, []
+        """All passes of the teacher, sigma over the whole batch, then all of the student. A detached teacher's graph is gone
+        before the student's is built; an attached one's stays until the student's pass of the same rows."""
+        (teacher, student), attached, taught = self.pathways, self.options.attach_teacher, []
         for micro in micro_batches:
-            losses, h = run_pass("cot", micro["cot"], sync=False)
-            teachers.append((losses, h) if attached else ({}, h.detach()))
+            losses, h = run_pass(teacher, micro[teacher], sync=False)
+            taught.append((losses, h) if attached else ({}, h.detach()))
             if not attached:
                 yield micro, losses
         distill = self.options.distill_weight > 0
-        sigma = global_std([h for _, h in teachers]) if distill else None
-        for micro, (kept, h) in zip(micro_batches, teachers, strict=True):
-            losses, _ = run_pass("st", micro["st"], h if distill else None, sigma, sync=micro is micro_batches[-1])
+        sigma = global_std([h for _, h in taught]) if distill else None
+        for micro, (kept, h) in zip(micro_batches, taught, strict=True):
+            losses, _ = run_pass(student, micro[student], h if distill else None, sigma, sync=micro is micro_batches[-1])
             yield micro, kept | losses
 
 
-METHODS = {"dart": DART, "no-cot": NoCoT, "pause": Pause, "cot": CoT}
+class CODI(DART):
+    """Continuous thoughts by distillation in one stage (Shen et al. 2025): the teacher's CoT beside Q | <bot> | thoughts | <eot>
+    | Answer: | Y EOS, each thought through a projector; LoRA in the MLP, too."""
+
+    norm = "smooth-l1"
+
+    @classmethod
+    def special(cls, options):
+        return 2
+
+    @classmethod
+    def adapters(cls, tokenizer, options):
+        return super(DART, cls).adapters(tokenizer, options, lora_mlp=True, projector=True)
+
+    def make_pathways(self):
+        return {"cot": Pathway(steps=True, drop_last_step=self.drop),
+                "codi": Pathway(marks=self.special_ids, thoughts=self.options.n_thoughts)}  # fmt: skip
+
+
+METHODS = {"dart": DART, "cot": CoT, "no-cot": NoCoT, "pause": Pause, "icot": ICoT, "coconut": Coconut, "codi": CODI}
 
 # --------------------------------------------------------------------------------------------------------- answering
 
 
 class Answer(NamedTuple):
     text: str  # what the model wrote, up to EOS
-    passes: int  # forward passes that it took: the tokens written, EOS among them
+    passes: int  # forward passes that it took: the tokens written, EOS among them, and the continuous thoughts
 
 
 @torch.no_grad()
-def generate(model, prompts, silent, eos_id, max_new_tokens):
+def generate(model, prompts, silent, eos_id, max_new_tokens, starts=None, thoughts=0):
     """Greedy decoding. prompts: B lists of ids, of any lengths -> B lists of ids, each up to its EOS, which is included,
-    or max_new_tokens. What a row gets does not depend on the others."""
+    or max_new_tokens. What a row gets does not depend on the others. starts, thoughts: prompt b has as many continuous
+    thoughts, from the index starts[b] on."""
     if model.merged not in (None, "silent" if silent else "plain"):
         raise ValueError(f"the weights were merged for the {model.merged} pathway")
     device, B = model.embed_tokens.device, len(prompts)
     length = torch.tensor([len(prompt) for prompt in prompts], device=device)  # [B]
     T = int(length.max())
     ids = torch.tensor([prompt + [eos_id] * (T - len(prompt)) for prompt in prompts], device=device)
-    cache = KVCache(model.config, B, T + max_new_tokens, model.compute_dtype, device)
-    hidden = model(ids, silent=silent, cache=cache)[torch.arange(B, device=device), length - 1]  # [B, n]
+    cache = KVCache(model.config, B, T + max(T * (thoughts > 0), max_new_tokens), model.compute_dtype, device)
+    if thoughts:
+        hidden, first, _ = think(model, ids, torch.tensor(starts, device=device), length, thoughts, cache, silent)
+    else:
+        hidden, first = model(ids, silent=silent, cache=cache), 0
+    hidden = hidden[torch.arange(B, device=device), length - 1 - first]  # [B, n]
     written, done = [], torch.zeros(B, dtype=torch.bool, device=device)
     for position in range(max_new_tokens):
         written.append(model.logits(hidden).argmax(-1))  # [B]
@@ -272,19 +450,24 @@ def answer(model, tokenizer, pathway, questions, max_new_tokens=256, batch_size=
     model.eval()
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        rows = generate(model, [prompts[i] for i in chosen], pathway.silent, tokenizer.eos_id, max_new_tokens)
+        starts = [pathway.start(len(prompts[i]), tokenizer) for i in chosen]
+        rows = generate(model, [prompts[i] for i in chosen], pathway.silent, tokenizer.eos_id, max_new_tokens, starts,
+                        pathway.thoughts)  # fmt: skip
         for i, row in zip(chosen, rows, strict=True):
-            answers[i] = Answer(tokenizer.decode(row[:-1] if row[-1] == tokenizer.eos_id else row), len(row))
+            text = tokenizer.decode(row[:-1] if row[-1] == tokenizer.eos_id else row)
+            answers[i] = Answer(text, len(row) + pathway.thoughts)
     model.train(training)
     return answers
 
 
 def evaluate(model, tokenizer, pathway, problems, max_new_tokens=256, batch_size=64):
-    """Answers every problem and scores it: one dictionary a problem."""
+    """Answers every problem and scores it: one dictionary a problem, with the whole text that was written and the answer
+    read in it."""
     answers = answer(model, tokenizer, pathway, [p.question for p in problems], max_new_tokens, batch_size)
     records = []
     for problem, (text, passes) in zip(problems, answers, strict=True):
-        strict, tolerant = score(pathway.read(text), problem.answer)
-        records.append({"question": problem.question, "gold": problem.answer, "text": text, "strict": strict,
-                        "tolerant": tolerant, "passes": passes})  # fmt: skip
+        answered = pathway.read(text).strip()
+        strict, tolerant = score(answered, problem.answer)
+        records.append({"question": problem.question, "gold": problem.answer, "text": text, "answer": answered,
+                        "strict": strict, "tolerant": tolerant, "passes": passes})  # fmt: skip
     return records

@@ -382,7 +382,7 @@ LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{
                   r"\s*[\r\n]+|\s+(?!\S)|\s+")  # fmt: skip
 QWEN2_PATTERN = LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
 LLAMA3_RANKS = 128_000
-ST = "<|reserved_special_token_0|>"  # stands for <st> where a tokenizer has it
+RESERVED = ("<|reserved_special_token_0|>", "<|reserved_special_token_1|>")  # stand for <st> and the like where they are
 
 
 class Words:
@@ -445,14 +445,14 @@ class SentencePiece:
 
 
 class Tokenizer:
-    """Text to ids and back. bos_id and st_id (a reserved id that stands for <st>) are None where there is none.
+    """Text to ids and back. bos_id is None where there is none; reserved: ids that may stand for <st> and the like.
 
     kind: what was read; files: name -> bytes, to be saved with a run.
     """
 
-    def __init__(self, kind, backend, files, eos_id, bos_id=None, st_id=None):
+    def __init__(self, kind, backend, files, eos_id, bos_id=None, reserved=()):
         self.kind, self.backend, self.files, self.size = kind, backend, files, backend.size
-        self.eos_id, self.bos_id, self.st_id = eos_id, bos_id, st_id
+        self.eos_id, self.bos_id, self.reserved = eos_id, bos_id, tuple(reserved)
 
     @classmethod
     def from_pretrained(cls, directory):
@@ -477,8 +477,8 @@ class Tokenizer:
 
     def __str__(self):
         bos = "no BOS" if self.bos_id is None else f"BOS {self.bos_id}"
-        st = "appended behind the vocabulary" if self.st_id is None else self.st_id
-        return f"tokenizer: {self.kind}, {self.size} ids, {bos}, EOS {self.eos_id}, <st> {st}"
+        st = f"{len(self.reserved)} in reserve" if self.reserved else "none in reserve for <st>"
+        return f"tokenizer: {self.kind}, {self.size} ids, {bos}, EOS {self.eos_id}, {st}"
 
     def save(self, directory):
         for name, content in self.files.items():
@@ -519,7 +519,7 @@ def _words(files):
     if "<bos>" not in words or "<eos>" not in words:
         raise ValueError("<bos> or <eos> is missing")
     ids = {word: i for i, word in enumerate(words)}
-    return Tokenizer("words.json", Words(words), files, ids["<eos>"], ids["<bos>"], ids.get("<st>"))
+    return Tokenizer("words.json", Words(words), files, ids["<eos>"], ids["<bos>"], [ids["<st>"]] if "<st>" in ids else [])
 
 
 def _finish(kind, backend, files, added, bos, *usual):
@@ -535,7 +535,7 @@ def _finish(kind, backend, files, added, bos, *usual):
     if config.get("add_bos_token") and bos is None:
         raise ValueError("tokenizer_config.json: add_bos_token is not supported here")
     bos = None if config.get("add_bos_token") is False else added.get(bos)
-    return Tokenizer(kind, backend, files, added[eos], bos, added.get(ST))
+    return Tokenizer(kind, backend, files, added[eos], bos, [added[name] for name in RESERVED if name in added])
 
 
 def _tokenizer_model(files):
@@ -679,18 +679,22 @@ READERS = [(("words.json",), _words), (("tokenizer.model",), _tokenizer_model), 
 
 class Row(NamedTuple):
     """One problem as a pathway sees it: ids [T]; ids[z:y] is what is learned of Z, ids[y:] is Y. So z_N, the last token
-    of the separator, is at y - 1; z = y where nothing of Z is learned."""
+    of the separator, is at y - 1; z = y where nothing of Z is learned. ids[start : start + thoughts] stand for continuous
+    thoughts, which are no tokens."""
 
     ids: np.ndarray
     z: int
     y: int
+    start: int = 0
+    thoughts: int = 0
 
 
 @dataclass
 class Batch:
     """Rows padded on the right to T tokens, and the K tokens that are learned.
 
-    ids [B, T]; row, col, weight [K]: token ids[row, col] counts with `weight`; at [B]: the index of z_N.
+    ids [B, T]; row, col, weight [K]: token ids[row, col] counts with `weight`; at [B]: the index of z_N; end [B]: the rows'
+    lengths; start [B]: the index of the first of the `thoughts`, of which every row has as many.
     """
 
     ids: torch.Tensor
@@ -698,9 +702,12 @@ class Batch:
     col: torch.Tensor
     weight: torch.Tensor
     at: torch.Tensor
+    end: torch.Tensor
+    start: torch.Tensor
+    thoughts: int = 0
 
     def to(self, device):
-        return Batch(*(tensor.to(device) for tensor in vars(self).values()))
+        return Batch(*(part.to(device) if isinstance(part, torch.Tensor) else part for part in vars(self).values()))
 
 
 def collate(rows, pad_id):
@@ -709,13 +716,14 @@ def collate(rows, pad_id):
     The padding needs no mask: attention is causal, and no padded token is learned."""
     ids = np.full((len(rows), max(len(row.ids) for row in rows)), pad_id, dtype=np.int64)
     weight = np.zeros(ids.shape, dtype=np.float32)
-    for i, (tokens, z, y) in enumerate(rows):
+    for i, (tokens, z, y, *_) in enumerate(rows):
         ids[i, : len(tokens)] = tokens
         weight[i, z:y] = 1 / max(y - z, 1)
         weight[i, y : len(tokens)] = 1 / (len(tokens) - y)
     row, col = weight.nonzero()
-    arrays = ids, row, col, weight[row, col], np.array([row.y - 1 for row in rows])
-    return Batch(*map(torch.from_numpy, arrays))
+    at, end, start = np.array([(row.y - 1, len(row.ids), row.start) for row in rows]).T
+    arrays = ids, row, col, weight[row, col], at, end, start
+    return Batch(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays), rows[0].thoughts)
 
 
 WINDOW, GROUP = 256, 16  # in global batches: rows are sorted by length within a window, and again within a group
@@ -745,7 +753,9 @@ def picture(row, tokenizer, width=100):
     """A row as text: each token, and below it what it weighs in the loss ('.' where it is not learned)."""
     cells = []
     for i, token in enumerate(row.ids.tolist()):
-        if token == tokenizer.st_id or token >= tokenizer.size:
+        if row.start <= i < row.start + row.thoughts:
+            text = "<thought>"
+        elif token in tokenizer.reserved or token >= tokenizer.size:
             text = "<st>"
         else:
             text = tokenizer.decode([token])

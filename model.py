@@ -153,17 +153,25 @@ MODELS = {  # model_type, V, n, MLP size, L, h, g, e, positions
 class Adapters:
     """What is added to the base weights. Nothing by default.
 
-    LoRA (Hu et al. 2022) on q, k, v and o freezes the base. REM (Section 3.2) stands before k and v. `extra_rows` are
-    embeddings behind the vocabulary's last, with the ids V, V + 1, ...; frozen at the mean of the table, or trained.
+    LoRA (Hu et al. 2022) on q, k, v and o, and with `lora_mlp` on the MLP, too, freezes the base. REM (Section 3.2) stands
+    before k and v; with `rem_is_lora` a second LoRA on k and v stands in for it (Table 3). `extra_rows` are embeddings
+    behind the vocabulary's last, with the ids V, V + 1, ...; frozen at the mean of the table, or trained. `projector`: a
+    module from a hidden state to the embedding it becomes (CODI).
     """
 
     lora_rank: int = 0
     lora_alpha: float = 32.0
     lora_dropout: float = 0.0
+    lora_mlp: bool = False
     rem_rank: int = 0
     rem_alpha: float = 32.0
+    rem_is_lora: bool = False
     extra_rows: int = 0
     train_extra_rows: bool = False
+    projector: bool = False
+
+
+ADAPTED = ("lora_a", "lora_b", "r1", "r2")  # parameters that are not of the base
 
 
 # ------------------------------------------------------------------------------------------------------------ layers
@@ -177,7 +185,7 @@ class Linear(nn.Module):
 
     def __init__(self, n_in, n_out, bias=False, conv1d=False, lora=Adapters(), dtype=None, device=None):
         super().__init__()
-        self.n_in, self.conv1d, self.rank = n_in, conv1d, lora.lora_rank
+        self.n_in, self.n_out, self.conv1d, self.rank = n_in, n_out, conv1d, lora.lora_rank
         shape = (n_in, n_out) if conv1d else (n_out, n_in)
         self.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
         self.bias = nn.Parameter(torch.zeros(n_out, dtype=dtype, device=device)) if bias else None
@@ -195,31 +203,64 @@ class Linear(nn.Module):
         return y
 
     def merge(self, rem=None):
-        """W' = (W + (alpha/r) B A) (I + (alpha/d) R2 R1^T), computed in fp32; the bias stays. LoRA is gone after it."""
+        """W' = W + (alpha/r) B A, and with REM that times W_R, computed in fp32; the bias stays. LoRA is gone after it."""
         weight = self.weight.T.float() if self.conv1d else self.weight.float()  # [out, in]
         if self.rank:
             weight = weight + self.scale * self.lora_b @ self.lora_a
             del self.lora_a, self.lora_b
             self.rank = 0
         if rem is not None:
-            weight = weight + rem.scale * (weight @ rem.r2) @ rem.r1.T
+            weight = rem.merged(weight)
         self.weight.copy_(weight.T if self.conv1d else weight)
 
 
 class REM(nn.Module):
-    """Reasoning Evolvement Module: x -> x W_R^T with W_R = (alpha/d) R2 R1^T + I (Section 3.2). R1, R2 are [n, d].
+    """Reasoning Evolvement Module: x -> x W_R^T with W_R = (alpha/d) R2 R1^T + I (Section 3.2) before a projection.
+    R1, R2 are [n, d].
 
     R2 is 0 at the start, so REM starts as the identity.
     """
 
-    def __init__(self, n, rank, alpha, device=None):
+    def __init__(self, linear, adapters, device=None):
         super().__init__()
-        self.scale = alpha / rank
-        self.r1 = nn.Parameter(_uniform(rank, n, device).T.contiguous())
-        self.r2 = nn.Parameter(torch.zeros(n, rank, device=device))
+        n, d = linear.n_in, adapters.rem_rank
+        self.scale = adapters.rem_alpha / d
+        self.r1 = nn.Parameter(_uniform(d, n, device).T.contiguous())
+        self.r2 = nn.Parameter(torch.zeros(n, d, device=device))
+
+    def forward(self, x, linear):  # [..., n] -> [..., out]
+        return linear(x + self.scale * (x @ self.r1.to(x.dtype)) @ self.r2.to(x.dtype).T)
+
+    def merged(self, weight):  # [out, n] -> [out, n]
+        return weight + self.scale * (weight @ self.r2) @ self.r1.T
+
+
+class SecondLoRA(nn.Module):
+    """What stands in for REM in Table 3: another LoRA on a projection, in the ST pathway only."""
+
+    def __init__(self, linear, adapters, device=None):
+        super().__init__()
+        self.scale, self.dropout = adapters.rem_alpha / adapters.rem_rank, nn.Dropout(adapters.lora_dropout)
+        self.lora_a = nn.Parameter(_uniform(adapters.rem_rank, linear.n_in, device))
+        self.lora_b = nn.Parameter(torch.zeros(linear.n_out, adapters.rem_rank, device=device))
+
+    def forward(self, x, linear):  # [..., n] -> [..., out]
+        return linear(x) + self.scale * F.linear(F.linear(self.dropout(x), self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))
+
+    def merged(self, weight):  # [out, n] -> [out, n]
+        return weight + self.scale * self.lora_b @ self.lora_a
+
+
+class Projector(nn.Module):
+    """From a hidden state to the next input embedding (CODI, Shen et al. 2025): linear, GELU, linear, layer norm, in fp32."""
+
+    def __init__(self, n, device=None):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(n, n, device=device), nn.GELU(), nn.Linear(n, n, device=device),
+                                    nn.LayerNorm(n, device=device))  # fmt: skip
 
     def forward(self, x):  # [..., n] -> [..., n]
-        return x + self.scale * (x @ self.r1.to(x.dtype)) @ self.r2.to(x.dtype).T
+        return self.layers(x.to(self.layers[0].weight.dtype)).to(x.dtype)
 
 
 def _uniform(rows, fan_in, device):  # the initialisation that LoRA's authors use for A
@@ -271,20 +312,21 @@ class KVCache:
     """Keys and values of every layer for B rows of up to S tokens. Each row has its own positions.
 
     Rows are padded on the right, so row b's token at position p lies at index p. Whatever a row's padding left behind
-    its last token is overwritten before any query can see it: a query at position p sees the indices 0..p.
+    its last token is overwritten before any query can see it: a query at position p sees the indices 0..p. Where gradients
+    are recorded, writing makes a new tensor, so that they flow through the cache.
     """
 
     def __init__(self, config, rows, length, dtype=torch.float32, device=None):
-        shape = (config.num_hidden_layers, rows, length, config.num_key_value_heads, config.head_dim)
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        shape = (rows, length, config.num_key_value_heads, config.head_dim)
+        self.k, self.v = ([torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)] for _ in range(2))
 
     def update(self, layer, positions, k, v, end):
         """Writes k, v [B, g, T, e] at positions [B or 1, T]; returns those of 0..end-1 as [B, g, end, e]."""
-        rows = torch.arange(self.k.shape[1], device=k.device)[:, None]
-        self.k[layer][rows, positions] = k.transpose(1, 2)
-        self.v[layer][rows, positions] = v.transpose(1, 2)
-        return self.k[layer, :, :end].transpose(1, 2), self.v[layer, :, :end].transpose(1, 2)
+        where = torch.arange(len(k), device=k.device)[:, None], positions
+        for kept, new in ((self.k, k), (self.v, v)):
+            write = torch.index_put if torch.is_grad_enabled() else torch.index_put_
+            kept[layer] = write(kept[layer], where, new.transpose(1, 2))
+        return self.k[layer][:, :end].transpose(1, 2), self.v[layer][:, :end].transpose(1, 2)
 
 
 class Attention(nn.Module):
@@ -304,15 +346,15 @@ class Attention(nn.Module):
         self.o_proj = Linear(n_q, n, gpt2, **kind)
         self.rem_k = self.rem_v = None
         if adapters.rem_rank:
-            self.rem_k = REM(n, adapters.rem_rank, adapters.rem_alpha, device)
-            self.rem_v = REM(n, adapters.rem_rank, adapters.rem_alpha, device)
+            kind = SecondLoRA if adapters.rem_is_lora else REM
+            self.rem_k, self.rem_v = kind(self.k_proj, adapters, device), kind(self.v_proj, adapters, device)
 
     def forward(self, x, silent, rope, cache, positions, end):  # [B, T, n] -> [B, T, n]
         B, T, _ = x.shape
         silent = silent and self.rem_k is not None
         q = self.q_proj(x)
-        k = self.k_proj(self.rem_k(x) if silent else x)
-        v = self.v_proj(self.rem_v(x) if silent else x)
+        k = self.rem_k(x, self.k_proj) if silent else self.k_proj(x)
+        v = self.rem_v(x, self.v_proj) if silent else self.v_proj(x)
         q, k, v = (t.view(B, T, -1, self.head_dim).transpose(1, 2) for t in (q, k, v))  # [B, heads, T, e]
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
@@ -328,10 +370,10 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """down(silu(gate(x)) * up(x)), or down(gelu(up(x))) in GPT-2, whose GELU is the tanh approximation."""
 
-    def __init__(self, config, dtype=None, device=None):
+    def __init__(self, config, adapters, dtype=None, device=None):
         super().__init__()
         n, m, gpt2 = config.hidden_size, config.intermediate_size, config.model_type == "gpt2"
-        kind = dict(bias=gpt2, conv1d=gpt2, dtype=dtype, device=device)
+        kind = dict(bias=gpt2, conv1d=gpt2, lora=adapters if adapters.lora_mlp else Adapters(), dtype=dtype, device=device)
         self.gate_proj = None if gpt2 else Linear(n, m, **kind)
         self.up_proj = Linear(n, m, **kind)
         self.down_proj = Linear(m, n, **kind)
@@ -350,7 +392,7 @@ class Block(nn.Module):
         self.input_layernorm = Norm(config, dtype, device)
         self.self_attn = Attention(config, adapters, index, dtype, device)
         self.post_attention_layernorm = Norm(config, dtype, device)
-        self.mlp = MLP(config, dtype, device)
+        self.mlp = MLP(config, adapters, dtype, device)
 
     def forward(self, x, *attention):  # [B, T, n] -> [B, T, n]
         x = x + self.self_attn(self.input_layernorm(x), *attention)
@@ -381,12 +423,13 @@ class Transformer(nn.Module):
         self.norm = Norm(config, **kind)
         self.lm_head = None if config.tie_word_embeddings else nn.Parameter(torch.empty(V, n, **kind))
         for name, parameter in self.named_parameters():
-            if adapters.lora_rank and not name.endswith(("lora_a", "lora_b", "r1", "r2")):
+            if adapters.lora_rank and not name.endswith(ADAPTED):
                 parameter.requires_grad_(False)
         self.extra_rows = None
         if adapters.extra_rows:
             rows = torch.zeros(adapters.extra_rows, n, device=device)
             self.extra_rows = nn.Parameter(rows, requires_grad=adapters.train_extra_rows)
+        self.projector = Projector(n, device) if adapters.projector else None
         self.frequencies = None if gpt2 else rope_frequencies(config).to(device or "cpu")
         if random_init:
             self.init_weights()
@@ -422,22 +465,22 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_extra_rows(self):
+        """The mean of the embeddings; where there are several rows, which must differ, drawn around it as they are."""
         if self.extra_rows is not None:
-            self.extra_rows.copy_(self.embed_tokens.float().mean(0).expand_as(self.extra_rows))
+            table = self.embed_tokens.float()
+            self.extra_rows.copy_(table.mean(0).expand_as(self.extra_rows))
+            if len(self.extra_rows) > 1:
+                self.extra_rows.add_(table.std(0) * torch.randn_like(self.extra_rows))
 
-    def embed(self, ids, positions):  # [B, T], [B or 1, T] -> [B, T, n]
+    def embed(self, ids):  # [B, T] -> [B, T, n]
         if self.extra_rows is None:
-            x = F.embedding(ids, self.embed_tokens)
-        else:
-            V = self.config.vocab_size
-            extra = F.embedding((ids - V).clamp(min=0), self.extra_rows).to(self.embed_tokens.dtype)
-            x = torch.where((ids >= V)[..., None], extra, F.embedding(ids.clamp(max=V - 1), self.embed_tokens))
-        if self.embed_positions is not None:
-            x = x + F.embedding(positions, self.embed_positions)
-        return x.to(self.compute_dtype)
+            return F.embedding(ids, self.embed_tokens)
+        V = self.config.vocab_size
+        extra = F.embedding((ids - V).clamp(min=0), self.extra_rows).to(self.embed_tokens.dtype)
+        return torch.where((ids >= V)[..., None], extra, F.embedding(ids.clamp(max=V - 1), self.embed_tokens))
 
     def forward(self, ids, silent=False, positions=None, cache=None, at=None):
-        """ids [B, T] -> hidden states after the final norm [B, T, n].
+        """ids [B, T], or the embeddings themselves [B, T, n], -> hidden states after the final norm [B, T, n].
 
         silent: the ST pathway (REM on).
         positions [B, T]: each token's position in its row, for decoding with a cache; 0..T-1 where None.
@@ -445,7 +488,7 @@ class Transformer(nn.Module):
         at [B] or [B, P]: indices within the rows; then also returns the output of every decoder layer there, before
         the final norm: (hidden, states [L, B, n] or [L, B, P, n]). Nothing else of the layers is kept.
         """
-        B, T = ids.shape
+        B, T = ids.shape[:2]
         if positions is None:
             positions = torch.arange(T, device=ids.device)[None]  # [1, T]
             end = T
@@ -458,8 +501,10 @@ class Transformer(nn.Module):
             self.frequencies = self.frequencies.to(ids.device)
             angles = positions[:, None, :, None] * self.frequencies  # [B or 1, 1, T, e/2]
             rope = angles.cos(), angles.sin()
-        x = self.embed(ids, positions)
-        states = []
+        x = ids if ids.is_floating_point() else self.embed(ids)
+        if self.embed_positions is not None:
+            x = x + F.embedding(positions, self.embed_positions)
+        x, states = x.to(self.compute_dtype), []
         for layer in self.layers:
             x = layer(x, silent, rope, cache, positions, end)
             if at is not None:
@@ -485,11 +530,11 @@ class Transformer(nn.Module):
             raise ValueError(f"the weights were merged for the {self.merged} pathway; load them again for the other")
         for layer in self.layers:
             attention = layer.self_attn
-            attention.q_proj.merge()
-            attention.k_proj.merge(attention.rem_k if silent else None)
-            attention.v_proj.merge(attention.rem_v if silent else None)
-            attention.o_proj.merge()
+            rem = {attention.k_proj: attention.rem_k, attention.v_proj: attention.rem_v} if silent else {}
             attention.rem_k = attention.rem_v = None
+            for module in layer.modules():
+                if isinstance(module, Linear):
+                    module.merge(rem.get(module))
         self.merged = pathway
         return self.to(self.compute_dtype).requires_grad_(False)
 
@@ -521,7 +566,7 @@ def _checkpoint_names(model):
     GPT-2's c_attn it is (None elsewhere)."""
     for name, parameter in model.named_parameters():
         parts, third = name.split("."), None
-        if parts[-1] in ("lora_a", "lora_b", "r1", "r2", "extra_rows"):
+        if parts[-1] in (*ADAPTED, "extra_rows") or parts[0] == "projector":
             continue
         if parts[-1] in ("embed_tokens", "embed_positions", "lm_head"):
             parts.append("weight")

@@ -52,7 +52,8 @@ class Options(RunOptions):
     steps: int = option(0, "optimizer steps; 0: as many as --epochs take")
     batch_size: int = option(128, "problems in an optimizer step, over all processes", low=1)
     micro_batch_size: int = option(0, "problems in a forward pass of a process; 0: all of its share")
-    lr: float = option(8e-4, "highest learning rate: linear warm-up, then a cosine to 0")
+    lr: float = option(8e-4, "highest learning rate: linear warm-up, then a cosine to 0, or constant")
+    schedule: str = option("cosine", "of the learning rate after warm-up", choices=("cosine", "constant"))
     warmup: float = option(0.03, "share of the steps that warm up", high=1)
     weight_decay: float = option(0.1, "AdamW's, on matrices only")
     beta2: float = option(0.999, "AdamW's", high=0.99999)
@@ -72,7 +73,8 @@ PRESETS = {
     # The built-in task trains all weights of a tiny model from scratch: there is nothing pretrained to freeze.
     "demo": dict(model="demo", tokenizer="demo", data="demo", random_init=True, compare=("no-cot", "pause"), steps=1500,
                  batch_size=64, lr=3e-3, weight_decay=1.0, beta2=0.98, grad_clip=1.0, dtype="fp32", lora_rank=0,
-                 rem_rank=32, n_st=4, distill_weight=5.0, eval_every=500, max_new_tokens=24, save_every=500, log_every=50),
+                 rem_rank=32, n_st=4, n_thoughts=4, max_stage=2, epochs_per_stage=6.0, removal_per_epoch=0.5,
+                 remove_all_beyond=14, distill_weight=5.0, eval_every=500, max_new_tokens=24, save_every=500, log_every=50),
 }  # fmt: skip
 
 
@@ -200,6 +202,7 @@ def save_checkpoint(out, method, optimizer, step, complete):
         for moment in ("exp_avg", "exp_avg_sq"):
             if parameter in optimizer.state:
                 tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment]
+    tensors["optimizer_step"] = next(iter(optimizer.state.values()))["step"]  # since the optimizer started anew
     save_tensors(tensors, out / "trainer.safetensors", {"step": str(step)})
 
 
@@ -211,13 +214,13 @@ def load_checkpoint(out, method, optimizer):
         return 0
     try:
         with safe_open(path, framework="pt") as file:
-            step = int(file.metadata()["step"])
+            step, since = int(file.metadata()["step"]), file.get_tensor("optimizer_step")
             for name, parameter in method.model.named_parameters():
                 if name in file.keys():
                     parameter.copy_(file.get_tensor(name))
                 if parameter.requires_grad:
                     moments = {m: file.get_tensor(f"{m}.{name}").to(parameter.device) for m in ("exp_avg", "exp_avg_sq")}
-                    optimizer.state[parameter] = {"step": torch.tensor(float(step), device=parameter.device), **moments}
+                    optimizer.state[parameter] = {"step": since.to(parameter.device, copy=True), **moments}
     except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path}: not a whole checkpoint of this run ({error})") from None
     return step
@@ -261,6 +264,8 @@ def learning_rate(options, step, steps):
     warm = options.warmup * steps
     if step < warm:
         return options.lr * (step + 1) / (warm + 1)
+    if options.schedule == "constant":
+        return options.lr
     return options.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))
 
 
@@ -282,7 +287,7 @@ def train_step(wrapped, method, micro_batches, share):
 
     totals = {}
     for micro, losses in method.passes(run_pass, micro_batches):
-        part = len(micro["rows"]) / share
+        part = micro["rows"] / share
         (part * method.total(losses)).backward()
         for name, loss in losses.items():
             totals[name] = totals.get(name, 0.0) + part * loss.detach()
@@ -346,8 +351,9 @@ class Run:
     options: Options
     method: dart.Method
     optimizer: torch.optim.Optimizer
-    rows: dict  # pathway -> list of Row, one for each training problem
-    lengths: np.ndarray  # [N, P] tokens of each problem in each pathway
+    problems: list  # to train on
+    rows: dict  # pathway -> list of Row, one for each of them, at the first stage
+    lengths: np.ndarray  # [N, P] tokens of these rows
     valid: list
     start: int
     steps: int
@@ -362,22 +368,28 @@ def prepare(options, device):
             valid = load(options, "valid")[: options.eval_size]
         except (ValueError, FileNotFoundError) as error:
             raise ValueError(f"{error} (--eval_size 0 trains without validation)") from None
-    method = build(options, device)
-    rows = {name: [pathway.row(problem, method.tokenizer) for problem in train] for name, pathway in method.pathways.items()}
-    lengths = np.array([[len(row.ids) for row in some] for some in rows.values()]).T
-    if lengths.max() > method.model.config.max_position_embeddings:
-        raise ValueError(f"--data {options.data}: a row of {lengths.max()} tokens, but the model has "
-                         f"{method.model.config.max_position_embeddings} positions")  # fmt: skip
     if len(train) < options.batch_size:
         raise ValueError(f"--batch_size {options.batch_size}: there are only {len(train)} problems to train on")
+    method, per_epoch = build(options, device), len(train) // options.batch_size
+    steps = options.steps or options.epochs * per_epoch
+    stage, last = method.stage(0, per_epoch), method.stage(steps - 1, per_epoch)
+    if last not in (None, dart.ALL):
+        raise ValueError(f"--method {options.method}: after {steps} steps ({steps / per_epoch:.1f} epochs) a part of the CoT would "
+                         f"still be there (stage {last}): more steps, or a faster schedule")  # fmt: skip
+    rows = {name: [method.training_pathway(name, stage, 0.0).row(problem, method.tokenizer) for problem in train]
+            for name in method.pathways}  # fmt: skip
+    lengths = np.array([[len(row.ids) for row in some] for some in rows.values()]).T
+    longest = lengths.max() + max(pathway.thoughts for pathway in method.pathways.values()) * (stage is not None)
+    if longest > method.model.config.max_position_embeddings:
+        raise ValueError(f"--data {options.data}: a row of {longest} tokens, but the model has "
+                         f"{method.model.config.max_position_embeddings} positions")  # fmt: skip
     asked = valid
     if options.compare:
         asked = asked + train[:TRAIN_SAMPLE] + load(options, "test")
     check_room(method, asked, options.max_new_tokens)
-    steps = options.steps or options.epochs * (len(train) // options.batch_size)
     optimizer = make_optimizer(method.model, options)
     start = load_checkpoint(Path(options.out), method, optimizer) if options.resume else 0
-    return Run(options, method, optimizer, rows, lengths, valid, start, steps)
+    return Run(options, method, optimizer, train, rows, lengths, valid, start, steps)
 
 
 def global_batches(run, first):
@@ -389,11 +401,26 @@ def global_batches(run, first):
         yield from batches[max(first - start, 0) : run.steps - start]
 
 
-def make_micro_batches(run, mine, device):
-    """This process's rows of a global batch, cut into forward passes: list of {pathway: Batch, 'rows': indices}."""
-    size, pad = run.options.micro_batch_size or len(mine), run.method.tokenizer.eos_id
-    return [{"rows": rows} | {name: data.collate([some[i] for i in rows], pad).to(device) for name, some in run.rows.items()}
-            for rows in np.split(mine, range(size, len(mine), size))]  # fmt: skip
+def stage_of(run, step):
+    """The method's stage in the step (1, 2, ...); None where it has no stages."""
+    return run.method.stage(step - 1, len(run.lengths) // run.options.batch_size)
+
+
+def make_micro_batches(run, step, batch, rank, world, device):
+    """This process's rows of a global batch, cut into forward passes: list of {pathway: Batch, 'rows': their number, 'tokens':
+    useful ones}."""
+    method, stage, mine = run.method, stage_of(run, step), batch[rank::world]
+    draws = np.random.default_rng((run.options.seed, step)).random(len(batch))[rank::world]
+    size, pad, micro_batches = run.options.micro_batch_size or len(mine), method.tokenizer.eos_id, []
+    for start in range(0, len(mine), size):
+        micro = {"rows": len(mine[start : start + size]), "tokens": 0}
+        for name, rows in run.rows.items():
+            chosen = zip(mine[start : start + size], draws[start : start + size], strict=True)
+            some = [rows[i] if stage is None else
+                    method.training_pathway(name, stage, draw).row(run.problems[i], method.tokenizer) for i, draw in chosen]  # fmt: skip
+            micro |= {name: data.collate(some, pad).to(device), "tokens": micro["tokens"] + sum(len(row.ids) for row in some)}
+        micro_batches.append(micro)
+    return micro_batches
 
 
 def train(run, rank, world, device):
@@ -413,20 +440,21 @@ def train(run, rank, world, device):
         return accuracies
 
     for step, batch in enumerate(global_batches(run, run.start), run.start + 1):
-        mine = batch[rank::world]
-        micro_batches = make_micro_batches(run, mine, device)
+        micro_batches = make_micro_batches(run, step, batch, rank, world, device)
+        if step > 1 and stage_of(run, step) != stage_of(run, step - 1):
+            optimizer.state.clear()
         if step == 1:
             log.show("the first problem of the first batch: each token, and what it weighs in the loss")
             for name, some in run.rows.items():
                 log.show(f"{name}\n{data.picture(some[batch[0]], method.tokenizer)}")
         torch.manual_seed(int(np.random.SeedSequence((options.seed, step, rank)).generate_state(1)[0]))  # for dropout
-        losses = train_step(wrapped, method, micro_batches, len(mine))
+        losses = train_step(wrapped, method, micro_batches, len(batch) // world)
         norm = torch.nn.utils.clip_grad_norm_(parameters, options.grad_clip or math.inf)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(options, step - 1, run.steps)
         optimizer.step()
         optimizer.zero_grad()
-        meter.count(batch, micro_batches)
+        meter.count(micro_batches, world)
         last = step == run.steps
         if step % options.log_every == 0 or last:
             losses = {name: mean_over_processes(loss, world) for name, loss in losses.items()}
@@ -469,11 +497,11 @@ class Meter:
         yield
         self.began += time.perf_counter() - before
 
-    def count(self, batch, micro_batches):
-        self.tokens += int(self.run.lengths[batch].sum())
+    def count(self, micro_batches, world):
         for micro in micro_batches:
-            self.mine += int(self.run.lengths[micro["rows"]].sum())
-            self.padded += sum(batch.ids.numel() for name, batch in micro.items() if name != "rows")
+            self.mine += micro["tokens"]
+            self.tokens += micro["tokens"] * world  # the other processes' rows are of about the same lengths
+            self.padded += sum(micro[name].ids.numel() for name in self.run.rows)
 
     def totals(self):
         seconds = time.perf_counter() - self.began

@@ -101,6 +101,71 @@ def test_layouts_of_the_built_in_task():
     assert pictures(make("dart"), PROBLEMS[2])["cot"] == pictures(make("cot", last_step="drop"), PROBLEMS[2])["cot"] == empty
 
 
+def staged(method, problem, stage, draw=0.0):
+    (name,) = method.pathways
+    return data.picture(method.training_pathway(name, stage, draw).row(problem, TOKENIZER), TOKENIZER)
+
+
+def test_layouts_of_icot():
+    """The first s tokens of the CoT are gone; in the end all of it, and the separator is given."""
+    method = make("icot")
+    assert staged(method, PROBLEMS[2], 0) == pictures(make("cot"), PROBLEMS[2])["cot"]
+    assert staged(method, PROBLEMS[2], 5) == """\
+<bos> bob has 9 eggs ? 1   >>  Answer :   1   <eos>
+.     .   .   . .    . 1/4 1/4 1/4    1/4 1/2 1/2"""
+    assert staged(method, PROBLEMS[2], 4, draw=1 - math.exp(-4.1)) == staged(method, PROBLEMS[2], 5)  # one row is ahead
+    assert staged(method, PROBLEMS[2], 30) == """\
+<bos> bob has 9 eggs ? Answer :   1   <eos>
+.     .   .   . .    . 1/2    1/2 1/2 1/2"""
+    assert staged(method, PROBLEMS[2], dart.ALL) == pictures(make("no-cot"), PROBLEMS[2])["no-cot"]
+
+
+def test_layouts_of_coconut_and_codi():
+    """Thoughts between two marks, nothing learned of them; stage k without the first k steps; in the end without any."""
+    method = make("coconut", max_stage=2, thoughts_per_step=2)
+    assert staged(method, PROBLEMS[0], 0, 0.9) == """\
+<bos> sam has 7 pens gets 5 packs of 4 ? <st> <st> <<   7    +    5    =    12   >>   <<   12
+.     .   .   . .    .    . .     .  . . .    .    1/16 1/16 1/16 1/16 1/16 1/16 1/16 1/16 1/16
+%    4    =    0    >>   Answer :    0   <eos>
+1/16 1/16 1/16 1/16 1/16 1/16   1/16 1/2 1/2"""
+    assert staged(method, PROBLEMS[0], 1) == """\
+<bos> sam has 7 pens gets 5 packs of 4 ? <st> <thought> <thought> <st> <<  12  %   4   =   0   >>
+.     .   .   . .    .    . .     .  . . .    .         .         .    1/9 1/9 1/9 1/9 1/9 1/9 1/9
+Answer :   0   <eos>
+1/9    1/9 1/2 1/2"""
+    last = """\
+<bos> sam has 7 pens gets 5 packs of 4 ? <st> <thought> <thought> <thought> <thought> <st> Answer :
+.     .   .   . .    .    . .     .  . . .    .         .         .         .         .    .      .
+0   <eos>
+1/2 1/2"""
+    assert staged(method, PROBLEMS[0], dart.ALL) == pictures(method, PROBLEMS[0])["coconut"] == last
+    assert pictures(make("codi", n_thoughts=4), PROBLEMS[0]) == {"cot": pictures(make("dart"), PROBLEMS[0])["cot"], "codi": last}
+    ids = method.pathways["coconut"].row(PROBLEMS[0], TOKENIZER).ids.tolist()
+    assert [ids.index(mark) for mark in (59, 60)] == [11, 16] and method.special_ids == (59, 60)
+
+
+def test_the_schedule_of_icot():
+    """Worked out: 100 steps an epoch, 8 tokens an epoch, so one more every 12 steps (100 / 8 = 12.5, rounded to even); beyond
+    39 all of them, that is from step 40 * 12 on."""
+    method = make("icot", removal_per_epoch=8.0, remove_all_beyond=39)
+    assert [method.stage(step, 100) for step in (0, 11, 12, 23, 24, 479, 480, 481)] == [0, 0, 1, 1, 2, 39, dart.ALL, dart.ALL]
+    assert make("icot", removal_per_epoch=8.0, remove_all_beyond=2).stage(3, 1) == dart.ALL  # a token a step, at the fastest
+
+
+def test_some_rows_of_icot_are_ahead_as_the_smoothing_says():
+    method, n = make("icot", removal_smoothing=1.0), 20_000
+    ahead = [method.training_pathway("icot", 3, i / n).skip_tokens - 3 for i in range(n)]
+    for k in range(4):
+        assert ahead.count(k) / n == pytest.approx((1 - math.exp(-1)) * math.exp(-k), abs=2e-4)
+    assert {make("icot", removal_smoothing=0.0).training_pathway("icot", 3, i / 100).skip_tokens for i in range(100)} == {3}
+
+
+def test_the_schedule_of_coconut():
+    method = make("coconut", max_stage=3, epochs_per_stage=2.0)
+    assert [method.stage(step, 10) for step in (0, 19, 20, 39, 40, 79, 80)] == [0, 0, 1, 1, 2, 3, dart.ALL]
+    assert make("dart").stage(5, 10) is None
+
+
 def test_the_picture_in_the_readme_is_what_the_code_prints():
     readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
     for picture in pictures(make("dart", n_st=4), PROBLEMS[0]).values():
@@ -114,7 +179,7 @@ def test_layout_with_a_tokenizer_that_would_merge_across_the_seams(tmp_path, mon
     (tmp_path / "tokenizer.model").write_bytes(b"".join(lines))
     monkeypatch.setattr(data, "LLAMA3_RANKS", len(ranks))
     tokenizer = data.Tokenizer.from_pretrained(tmp_path)
-    pathways = dart.Pathway(steps=True, drop_last_step=True), dart.Pathway(n_fill=2, fill_id=tokenizer.st_id, silent=True)
+    pathways = dart.Pathway(steps=True, drop_last_step=True), dart.Pathway(n_fill=2, fill_id=tokenizer.reserved[0], silent=True)
     problem = Problem("A  b?", ["<<1-9=-8>>", "<<-8-1=-9>>"], "-9")
     cot, st = (data.picture(pathway.row(problem, tokenizer), tokenizer, width=200) for pathway in pathways)
     z = "<<   1    -    9    =    -    8    >>   A    n    s    w    e    r    :    "
@@ -135,12 +200,21 @@ def test_prompt_and_row_agree_whatever_the_spaces_of_the_question():
 
 
 def test_the_silent_token_is_reserved_appended_or_trained():
-    no_reserved = SimpleNamespace(st_id=None, size=59)
+    none, two = SimpleNamespace(reserved=(), size=59), SimpleNamespace(reserved=(7, 8), size=59)
     assert dart.DART.adapters(TOKENIZER, options()).extra_rows == 0
-    assert dart.DART.adapters(no_reserved, options()) == Adapters(0, 32.0, 0.0, 4, 32.0, extra_rows=1)
+    assert dart.DART.adapters(none, options(lora_rank=3)) == Adapters(lora_rank=3, rem_rank=4, extra_rows=1)
+    assert dart.DART.adapters(none, options()).train_extra_rows  # all weights are trained
+    assert dart.DART.adapters(none, options(n_st=0)).extra_rows == 0
+    for cls in (dart.CODI, dart.Coconut):  # marks before and after the thoughts
+        assert [cls.adapters(t, options(lora_rank=3)).extra_rows for t in (none, TOKENIZER)] == [2, 2]
+    assert dart.CODI.adapters(two, options(lora_rank=3)) == Adapters(lora_rank=3, lora_mlp=True, projector=True)
+    assert not dart.CODI.adapters(none, options(lora_rank=3)).train_extra_rows
+    assert dart.Coconut.adapters(two, options(lora_rank=3)).train_extra_rows
+    rows = make("coconut").model.extra_rows
+    assert not torch.equal(rows[0], rows[1])
     assert dart.Pause.adapters(TOKENIZER, options()).train_extra_rows
     assert dart.Pause.adapters(TOKENIZER, options(n_st=0)).extra_rows == 0
-    assert make("dart").pathways["st"].fill_id == TOKENIZER.st_id
+    assert make("dart").pathways["st"].fill_id == TOKENIZER.reserved[0]
     pause = make("pause")
     assert pause.pathways["pause"].fill_id == 59 == pause.model.config.vocab_size and pause.model.extra_rows.requires_grad
     assert pause.model.adapters.rem_rank == 0 and make("dart").model.adapters.rem_rank == 4
@@ -198,7 +272,7 @@ def slow_losses(method, problems):
         separator = TOKENIZER.encode("Answer:", bos=False, eos=False)
         y = TOKENIZER.encode(problem.answer, bos=False, eos=True)
         for name, middle, learned in (("cot", steps + separator, [steps + separator, y]),
-                                      ("st", [TOKENIZER.st_id] * 3 + separator, [y])):  # fmt: skip
+                                      ("st", [TOKENIZER.reserved[0]] * 3 + separator, [y])):  # fmt: skip
             ids = torch.tensor([q + middle + y])
             z_n = len(q + middle) - 1
             assert ids[0, z_n] == COLON
@@ -243,10 +317,167 @@ def test_padding_changes_no_loss(name):
     """Together with a much longer row, each row's loss is what it is alone."""
     method = make(name)
     alone = [step(method, [problem], 1)[0] for problem in PROBLEMS]
-    for key in ("cot", "st", "no-cot", "pause"):
-        if key in alone[0]:
-            together = step(method, PROBLEMS, 4)[0][key]
-            assert together == pytest.approx(sum(losses[key] for losses in alone) / 4, rel=1e-5)
+    for key in method.pathways:
+        together = step(method, PROBLEMS, 4)[0][key]
+        assert together == pytest.approx(sum(losses[key] for losses in alone) / 4, rel=1e-5)
+
+
+def same_gradients(ours, theirs):
+    """To 1e-5 of the largest one of all: some, such as that of GPT-2's key bias, are zero but for rounding."""
+    assert ours.keys() == theirs.keys()
+    scale = max(gradient.abs().max().item() for gradient in theirs.values())
+    for name, gradient in theirs.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-5, atol=1e-5 * scale, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def slow_thoughts(model, ids, start, thoughts):
+    """Embeddings [T, n] of a row in which each thought is the state before it: the whole prefix again for each, no cache."""
+    project = model.projector or (lambda h: h)
+    x = model.embed(torch.tensor([ids[:start]]))
+    for _ in range(thoughts):
+        x = torch.cat((x, project(model(x)[:, -1:])), dim=1)
+    return torch.cat((x, model.embed(torch.tensor([ids[start + thoughts :]]))), dim=1)[0]
+
+
+FAMILIES = ("llama", "qwen2", "gpt2")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("projector", [False, True])
+def test_thoughts_through_the_cache_equal_those_of_the_whole_prefix(family, projector):
+    """Rows of different lengths with thoughts at different places: states, and gradients with respect to all weights."""
+    torch.manual_seed(0)
+    adapters = Adapters(extra_rows=2, train_extra_rows=True, projector=projector)
+    model = Transformer.from_pretrained(Path(__file__).parent / "fixtures" / family, adapters)
+    rows = [torch.randint(0, 98, (n,)).tolist() for n in (17, 30, 23, 12)]
+    start, end, thoughts = torch.tensor([4, 20, 11, 5]), torch.tensor([17, 30, 23, 12]), 3
+    ids = torch.tensor([row + [1] * (30 - len(row)) for row in rows])
+    at = torch.tensor([[7, 16], [22, 29], [15, 20], [8, 11]])  # from the last thought on
+    cache = dart.KVCache(model.config, 4, 60)
+    hidden, first, states = dart.think(model, ids, start, end, thoughts, cache, at=at)
+    assert first.tolist() == [6, 22, 13, 7]
+    fast = [hidden[b, : end[b] - first[b]] for b in range(4)]
+    slow, slow_states = [], []
+    for b, row in enumerate(rows):
+        out, state = model(slow_thoughts(model, row, int(start[b]), thoughts)[None], at=at[b][None])
+        slow.append(out[0, first[b] :])
+        slow_states.append(state[:, 0])
+    for b in range(4):
+        torch.testing.assert_close(fast[b], slow[b], rtol=1e-5, atol=1e-5 * slow[b].abs().max().item())
+        torch.testing.assert_close(states[:, b], slow_states[b], rtol=1e-5, atol=1e-5 * slow_states[b].abs().max().item())
+    weights = [torch.randn_like(part) for part in fast]
+    gradients = []
+    for outs in (fast, slow):
+        model.zero_grad()
+        sum((out * w).sum() for out, w in zip(outs, weights, strict=True)).backward(retain_graph=True)
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert not projector or "projector.layers.0.weight" in gradients[0]
+    same_gradients(*gradients)
+
+
+def slow_row(method, pathway, problem, at=0):
+    """(loss of a row, states [L, n] at z_N + at), without batch, padding, cache or weights."""
+    model, row = method.model, pathway.row(problem, TOKENIZER)
+    ids = row.ids.tolist()
+    x = slow_thoughts(model, ids, row.start, row.thoughts)[None] if row.thoughts else torch.tensor([ids])
+    hidden, states = model(x, silent=pathway.silent, at=torch.tensor([[row.y - 1 + at]]))
+    log_p = torch.log_softmax(model.logits(hidden)[0], dim=-1)
+    pieces = [range(row.z, row.y), range(row.y, len(ids))]
+    return sum(-sum(log_p[i - 1, ids[i]] for i in piece) / len(piece) for piece in pieces if len(piece)), states[:, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "name, stage", [("cot", None), ("no-cot", None), ("pause", None), ("icot", 0), ("icot", 4), ("icot", dart.ALL),
+                    ("coconut", 0), ("coconut", 1), ("coconut", 2), ("coconut", dart.ALL)]
+)  # fmt: skip
+@pytest.mark.parametrize("lora_rank", [0, 3])
+def test_a_step_of_the_other_methods_equals_the_slow_and_obvious_one(name, stage, lora_rank):
+    method = make(name, max_stage=2, lora_rank=lora_rank, lora_alpha=3.0)
+    pathways = [method.training_pathway(name, stage, draw) for draw in (0.0, 0.5, 0.99, 0.1)]
+    batch = collate([pathway.row(p, TOKENIZER) for pathway, p in zip(pathways, PROBLEMS, strict=True)], TOKENIZER.eos_id)
+    loss = method(name, batch)[0][name]
+    slow = sum(slow_row(method, pathway, p)[0] for pathway, p in zip(pathways, PROBLEMS, strict=True)) / 4
+    assert loss.item() == pytest.approx(slow.item(), rel=1e-5)
+    gradients = []
+    for value in (loss, slow):
+        method.zero_grad()
+        value.backward()
+        gradients.append({name: p.grad.clone() for name, p in method.named_parameters() if p.grad is not None})
+    assert bool(lora_rank) != ("model.embed_tokens" in gradients[0])
+    same_gradients(*gradients)
+
+
+def test_a_step_of_codi_equals_the_slow_and_obvious_one():
+    """Cross-entropies of both pathways, and the smooth L1 distance at z_N over the teacher's standard deviation."""
+    method = make("codi", n_thoughts=3, lora_rank=3, lora_alpha=3.0)
+    losses, gradients, calls = step(method, PROBLEMS, 4)
+    assert calls == [("cot", False), ("codi", True)]
+    cot, codi = ([slow_row(method, pathway, p) for p in PROBLEMS] for pathway in method.pathways.values())
+    teacher, student = (torch.stack([states for _, states in rows], 1) for rows in (cot, codi))
+    distill = sum(F.smooth_l1_loss(s, t) / t.std() for t, s in zip(teacher.detach(), student, strict=True)) / len(teacher)
+    slow = {"cot": sum(loss for loss, _ in cot) / 4, "codi": sum(loss for loss, _ in codi) / 4, "distill": distill}
+    assert losses == pytest.approx({name: loss.item() for name, loss in slow.items()}, rel=1e-5)
+    method.zero_grad()
+    (slow["cot"] + slow["codi"] + 2.0 * distill).backward()
+    assert any("projector" in name for name in gradients) and any("mlp.gate_proj.lora_b" in name for name in gradients)
+    same_gradients(gradients, {name: p.grad for name, p in method.named_parameters() if p.grad is not None})
+
+
+def test_the_parameters_of_codi_are_the_papers():
+    """98,574,336 on Llama-3.2-1B: LoRA on all seven projections 90,177,536, projector 8,396,800; the marks are reserved ids."""
+    reserved = SimpleNamespace(reserved=(128_002, 128_003), size=128_256)
+    adapters = dart.CODI.adapters(reserved, dart.Options())
+    model = Transformer(MODELS["llama-3.2-1b"], adapters, device="meta", random_init=False)
+    trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    assert sum(trained.values()) == 98_574_336
+    assert sum(n for name, n in trained.items() if name.startswith("projector")) == 8_396_800
+
+
+@pytest.mark.parametrize("where, indices", [("y_1", [1]), ("z_N+Y", None)])
+@pytest.mark.parametrize("norm", ["l1", "l1-sum", "smooth-l1"])
+def test_distillation_elsewhere_and_in_other_norms(where, indices, norm):
+    """The tokens of a row weigh the same together as those of another; sigma is that of all of them. Answers have 2 and 3."""
+    method = make("dart", distill_at=where, distill_norm=norm)
+    losses, _, _ = step(method, PROBLEMS, 4)
+    per_row, all_teachers = [], []
+    for problem in PROBLEMS:
+        y = len(TOKENIZER.encode(problem.answer, bos=False, eos=True))
+        pairs = [[slow_row(method, pathway, problem, i)[1].detach() for pathway in method.pathways.values()] for i in indices or range(y + 1)]
+        per_row.append(pairs)
+        all_teachers += [teacher for teacher, _ in pairs]
+    sigma = torch.stack(all_teachers, 1).flatten(1).std(1)  # [L]
+
+    def distance(t, s):
+        d = F.smooth_l1_loss(s, t, reduction="none") if norm == "smooth-l1" else (t - s).abs()
+        return d.sum(1) if norm == "l1-sum" else d.mean(1)
+
+    rows = [sum(distance(t, s) for t, s in pairs) / len(pairs) for pairs in per_row]
+    assert losses["distill"] == pytest.approx((sum(rows) / 4 / sigma).mean().item(), rel=1e-5)
+    assert len({len(pairs) for pairs in per_row}) == (1 if indices else 2)
+    for size in (1, 2):
+        assert step(method, PROBLEMS, size)[0] == pytest.approx(losses, rel=1e-5)
+
+
+def test_a_second_lora_in_the_place_of_rem():
+    """It is in the ST pathway only, starts as nothing, and is folded into the weights."""
+    chosen = options(rem_is_lora=True, lora_rank=3)
+    adapters = dart.DART.adapters(TOKENIZER, chosen)
+    model, ids = Transformer(MODELS["demo"], adapters).eval(), torch.arange(20)[None]
+    assert torch.equal(model(ids), model(ids, silent=True))
+    method = make("dart", rem_is_lora=True, lora_rank=3)
+    model, plain = method.model.eval(), method.model(ids)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if ".rem_" in name and name.endswith("lora_b"):
+                p.normal_(0, 0.2)
+    silent = model(ids, silent=True)
+    assert torch.equal(model(ids), plain) and (silent - plain).abs().max() > 1e-3
+    attention = model.layers[0].self_attn
+    x = torch.randn(5, 64)
+    by_hand = attention.k_proj(x) + 32.0 / 4 * x @ attention.rem_k.lora_a.T @ attention.rem_k.lora_b.T
+    torch.testing.assert_close(attention.rem_k(x, attention.k_proj), by_hand)
+    with torch.no_grad():
+        torch.testing.assert_close(model.merge()(ids), silent, rtol=1e-4, atol=1e-4)
 
 
 def test_the_order_of_passes_and_one_pass_of_the_teacher():
@@ -306,14 +537,16 @@ def test_only_the_state_at_z_n_is_distilled():
 # ----------------------------------------------------------------------------------------------------- answering
 
 
-def slow_greedy(model, prompt, silent, limit):
+def slow_greedy(model, prompt, pathway, limit):
     """No cache, no batch: the whole row again for every token."""
-    ids = list(prompt)
-    while len(ids) < len(prompt) + limit:
-        ids.append(int(model.logits(model(torch.tensor([ids]), silent=silent))[0, -1].argmax()))
+    x = slow_thoughts(model, prompt, pathway.start(len(prompt), TOKENIZER), pathway.thoughts) if pathway.thoughts else None
+    x, ids = model.embed(torch.tensor([prompt])) if x is None else x[None], []
+    while len(ids) < limit:
+        ids.append(int(model.logits(model(x, silent=pathway.silent))[0, -1].argmax()))
+        x = torch.cat((x, model.embed(torch.tensor([ids[-1:]]))), dim=1)
         if ids[-1] == TOKENIZER.eos_id:
             break
-    return ids[len(prompt) :]
+    return ids
 
 
 @pytest.mark.parametrize("name", dart.METHODS)
@@ -325,11 +558,12 @@ def test_batched_decoding_equals_slow_decoding(name):
     for pathway in method.pathways.values():
         prompts = [pathway.prompt(question, TOKENIZER) for question in questions]
         with torch.no_grad():
-            want = [slow_greedy(method.model, prompt, pathway.silent, 20) for prompt in prompts]
-        assert dart.generate(method.model, prompts, pathway.silent, TOKENIZER.eos_id, 20) == want
+            want = [slow_greedy(method.model, prompt, pathway, 20) for prompt in prompts]
+        starts = [pathway.start(len(prompt), TOKENIZER) for prompt in prompts]
+        assert dart.generate(method.model, prompts, pathway.silent, TOKENIZER.eos_id, 20, starts, pathway.thoughts) == want
         for size in (1, 3, 16):
             answers = dart.answer(method.model, TOKENIZER, pathway, questions, 20, batch_size=size)
-            assert [a.passes for a in answers] == [len(ids) for ids in want]
+            assert [a.passes for a in answers] == [len(ids) + pathway.thoughts for ids in want]
             texts = [TOKENIZER.decode([i for i in ids if i != TOKENIZER.eos_id]) for ids in want]
             assert [a.text for a in answers] == texts
     assert len({len(ids) for ids in want}) > 2 and sum(ids[-1] == TOKENIZER.eos_id for ids in want) > 1

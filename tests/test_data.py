@@ -568,7 +568,7 @@ TEXTS = ["Answer:12345 <<1+2=3>>", "héllo  wörld\n\n\tx", "a<|begin_of_text|><
 def test_llama3_tokenizer(llama3):
     tokenizer = Tokenizer.from_pretrained(llama3)
     n = 256 + 11
-    assert (tokenizer.size, tokenizer.bos_id, tokenizer.eos_id, tokenizer.st_id) == (n + 256, n, n + 1, n + 2)
+    assert (tokenizer.size, tokenizer.bos_id, tokenizer.eos_id, tokenizer.reserved) == (n + 256, n, n + 1, (n + 2, n + 3))
     assert tokenizer.encode("Answer:12345", bos=True, eos=True) == [n, 260, ord(":"), 262, ord("4"), ord("5"), n + 1]
     names = {9: "<|eot_id|>", 2: "<|reserved_special_token_0|>", 5: "<|reserved_special_token_2|>",
              11: "<|reserved_special_token_3|>", 255: "<|reserved_special_token_247|>"}  # fmt: skip
@@ -581,7 +581,7 @@ def test_llama3_tokenizer(llama3):
 def test_gpt2_tokenizer(gpt2):
     tokenizer = Tokenizer.from_pretrained(gpt2)
     vocab = json.loads((gpt2 / "vocab.json").read_text())
-    assert (tokenizer.size, tokenizer.bos_id, tokenizer.st_id) == (263, None, None)
+    assert (tokenizer.size, tokenizer.bos_id, tokenizer.reserved) == (263, None, ())
     ids = tokenizer.encode("Answer: 1", bos=True, eos=True)
     assert ids == [vocab["Answer"], vocab[":"], vocab["Ġ1"], vocab["<|endoftext|>"]]
     for text in TEXTS:
@@ -802,9 +802,9 @@ def test_tokenizer_json_gives_the_ids_of_hugging_face(name):
     tokenizer = Tokenizer.from_pretrained(FIXTURES / f"tokenizer-{name}")
     check_parity(tokenizer, name)
     assert str(tokenizer) == {
-        "llama3": "tokenizer: tokenizer.json, 423 ids, BOS 420, EOS 421, <st> 422",
-        "qwen2": "tokenizer: tokenizer.json, 423 ids, no BOS, EOS 421, <st> appended behind the vocabulary",
-        "gpt2": "tokenizer: tokenizer.json, 421 ids, no BOS, EOS 420, <st> appended behind the vocabulary",
+        "llama3": "tokenizer: tokenizer.json, 423 ids, BOS 420, EOS 421, 1 in reserve",
+        "qwen2": "tokenizer: tokenizer.json, 423 ids, no BOS, EOS 421, none in reserve for <st>",
+        "gpt2": "tokenizer: tokenizer.json, 421 ids, no BOS, EOS 420, none in reserve for <st>",
     }[name]
     x = tokenizer.encode("x", bos=False, eos=False)
     assert tokenizer.encode("x", bos=True, eos=True) == [420] * (name == "llama3") + x + [420 + (name != "gpt2")]
@@ -886,7 +886,7 @@ def test_what_a_directory_holds_decides(llama3, tmp_path):
     (llama3 / "original").mkdir()
     (llama3 / "tokenizer.model").rename(llama3 / "original" / "tokenizer.model")
     tokenizer = Tokenizer.from_pretrained(llama3)
-    assert str(tokenizer) == "tokenizer: Llama-3's ranks (tokenizer.model), 523 ids, BOS 267, EOS 268, <st> 269"
+    assert str(tokenizer) == "tokenizer: Llama-3's ranks (tokenizer.model), 523 ids, BOS 267, EOS 268, 2 in reserve"
     assert list(tokenizer.files) == ["tokenizer.model"]
     shutil.copytree(FIXTURES / "tokenizer-qwen2", llama3, dirs_exist_ok=True)
     assert Tokenizer.from_pretrained(llama3).kind == "tokenizer.json"
@@ -906,7 +906,7 @@ def llama2(tmp_path_factory):
 
 def test_sentencepiece(llama2):
     tokenizer = Tokenizer.from_pretrained(llama2)
-    assert str(tokenizer) == "tokenizer: SentencePiece (tokenizer.model), 310 ids, BOS 1, EOS 2, <st> appended behind the vocabulary"
+    assert str(tokenizer) == "tokenizer: SentencePiece (tokenizer.model), 310 ids, BOS 1, EOS 2, none in reserve for <st>"
     theirs = sentencepiece.SentencePieceProcessor(model_file=str(llama2 / "tokenizer.model"))
     for text in [*TEXTS, "  two  spaces ", "</s> <s>"]:
         ids = tokenizer.encode(text, bos=False, eos=False)

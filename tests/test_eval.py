@@ -78,7 +78,7 @@ def test_figures_are_those_of_the_examples(a_run, tmp_path, monkeypatch):
     method, _ = evaluation.load_run(a_run)
     written = {"1": "1", "2": "2.0", "3": "no", "4": "4", "5": "6", "6": "6"}
 
-    def generate(model, prompts, silent, eos_id, limit):
+    def generate(model, prompts, silent, eos_id, limit, starts, thoughts):
         texts = [written[method.tokenizer.decode(prompt).split()[3]] for prompt in prompts]
         return [[ord(c) for c in text] + [eos_id] for text in texts]
 

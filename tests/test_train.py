@@ -23,6 +23,10 @@ QUICK = ["--compare", "--steps", "6", "--batch_size", "16", "--log_every", "1", 
          "--save_every", "3", "--device", "cpu"]  # fmt: skip
 
 
+FAST = {"icot": ["--removal_per_epoch", "113", "--remove_all_beyond", "3"],  # schedules that end within few steps of 16
+        "coconut": ["--epochs_per_stage", "0.014", "--thoughts_per_step", "1"]}  # fmt: skip
+
+
 def run(out, *more):
     train.main([*QUICK, "--out", str(out), *more])
     return log(out)
@@ -33,7 +37,7 @@ def log(out):
 
 
 def losses(records):
-    return [{k: r[k] for k in ("cot", "st", "distill", "no-cot", "pause") if k in r} for r in records]
+    return [{k: r[k] for k in ("st", "distill", *dart.METHODS) if k in r} for r in records]
 
 
 @pytest.fixture
@@ -79,7 +83,7 @@ def test_a_comparison_from_the_command_line(tmp_path):
 
 def test_losses_fall_on_every_method(tmp_path):
     for method in dart.METHODS:
-        records = run(tmp_path / method, "--method", method, "--steps", "30", "--eval_every", "30")
+        records = run(tmp_path / method, "--method", method, "--steps", "30", "--eval_every", "30", *FAST.get(method, []))
         for name in losses(records)[0]:
             if name != "distill":
                 assert records[29][name] < 0.75 * records[0][name], (method, name)
@@ -132,7 +136,7 @@ def test_the_saved_run_is_the_trained_model(tmp_path, monkeypatch, adapters_run)
         out = tmp_path / "-".join(more).replace("/", "")
         run(out, *adapters_run, "--tokenizer", str(tmp_path / "tokenizer"), "--lr", "1e-2", *more)
         method, _ = evaluation.load_run(out)
-        assert method.model.adapters.extra_rows == 1 and method.fill_id == 96
+        assert method.model.adapters.extra_rows == 1 and method.special_ids == (96,)
         problems = data.load("demo", "valid", 0)[:8]
         for name, pathway in method.pathways.items():
             batch = data.collate([pathway.row(problem, method.tokenizer) for problem in problems], 1)
@@ -162,11 +166,14 @@ def torchrun(processes, *arguments):
     return done
 
 
-@pytest.mark.parametrize("attached", [[], ["--attach_teacher"]])
-def test_two_processes_equal_one_and_one_with_accumulation(tmp_path, attached):
+@pytest.mark.parametrize(
+    "more", [[], ["--attach_teacher"], ["--method", "codi", "--distill_at", "z_N+Y"], ["--method", "icot", *FAST["icot"]],
+             ["--method", "coconut", *FAST["coconut"]]], ids=["dart", "attached", "codi", "icot", "coconut"]
+)  # fmt: skip
+def test_two_processes_equal_one_and_one_with_accumulation(tmp_path, more):
     """The same global batches: 20 steps' losses to 1e-5, and each of 7 validation problems counted once. (The learning
     rate is small because the L1 loss has a kink: where rounding decides on its side, later steps differ by more.)"""
-    same = ["--steps", "20", "--lr", "3e-4", "--eval_every", "10", "--eval_size", "7", "--seed", "3", *attached]
+    same = ["--steps", "20", "--lr", "3e-4", "--eval_every", "10", "--eval_size", "7", "--seed", "3", *more]
     one = run(tmp_path / "one", *same)
     torchrun(2, *same, "--micro_batch_size", "3", "--out", str(tmp_path / "two"))  # of 8 rows: 3, 3 and 2
     accumulated = run(tmp_path / "accumulated", *same, "--micro_batch_size", "3")
@@ -187,11 +194,12 @@ def test_the_comparison_runs_on_two_processes(tmp_path):
 # ------------------------------------------------------------------------------------------------------ resuming
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(tmp_path, monkeypatch, dtype):
+@pytest.mark.parametrize("method, dtype", [("dart", "fp32"), ("dart", "bf16"), ("icot", "fp32"), ("coconut", "fp32"),
+                                           ("codi", "bf16")])  # fmt: skip
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(tmp_path, monkeypatch, method, dtype):
     """With dropout, so that random numbers matter; stopped right after the checkpoint of step 3, and once more after
-    step 5, of which nothing was saved."""
-    options = ["--dtype", dtype, "--lora_rank", "4", "--lora_dropout", "0.3"]
+    step 5, of which nothing was saved. icot's and coconut's optimizers start anew on the way."""
+    options = ["--method", method, "--dtype", dtype, "--lora_rank", "4", "--lora_dropout", "0.3", *FAST.get(method, [])]
     whole = run(tmp_path / "whole", *options)
     for stop in (3, 5):
         def interrupted(*arguments, original=train.learning_rate, stop=stop):
@@ -233,6 +241,20 @@ def test_a_resumption_with_other_options_is_refused_with_their_names(tmp_path, c
     assert stop.value.code == 2
     message = capsys.readouterr().err
     assert "--lr 0.003 (now 0.0001)" in message and "--seed 0 (now 9)" in message
+
+
+def test_the_optimizer_starts_anew_where_the_stage_changes(tmp_path):
+    """icot here removes a token a step, and from the fifth on all: the last checkpoint's optimizer is two steps old."""
+    run(tmp_path, "--method", "icot", *FAST["icot"])
+    assert load_file(tmp_path / "trainer.safetensors")["optimizer_step"] == 2
+
+
+@pytest.mark.parametrize("method, steps", [("icot", "4"), ("coconut", "5")])
+def test_a_schedule_that_would_not_end_is_refused(tmp_path, capsys, method, steps):
+    with pytest.raises(SystemExit):
+        run(tmp_path / "run", "--method", method, *FAST[method], "--steps", steps)
+    assert f"--method {method}: after {steps} steps" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    run(tmp_path / "run", "--method", method, *FAST[method], "--steps", str(int(steps) + 1))
 
 
 def test_a_line_of_the_log_that_was_cut_off_does_not_hinder_resuming(tmp_path, monkeypatch):
@@ -392,7 +414,7 @@ def test_help_shows_the_defaults_of_the_recipe(capsys):
         with pytest.raises(SystemExit):
             train.main([*preset, "--help"])
         text = " ".join(capsys.readouterr().out.split())
-        assert f"then a cosine to 0 (default: {lr})" in text
+        assert f"or constant (default: {lr})" in text
 
 
 # ------------------------------------------------------------------------------------------- schedule, optimizer
