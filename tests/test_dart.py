@@ -423,6 +423,28 @@ def test_a_step_of_codi_equals_the_slow_and_obvious_one():
     same_gradients(gradients, {name: p.grad for name, p in method.named_parameters() if p.grad is not None})
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", dart.METHODS)
+def test_every_method_on_every_family_in_bf16_with_lora(name, family):
+    """A step gives every trained parameter a finite gradient; merged weights answer as unmerged ones do, up to bf16."""
+    chosen, cls = options(method=name, lora_rank=2, lora_alpha=2.0, n_thoughts=2, max_stage=1), dart.METHODS[name]
+    torch.manual_seed(0)
+    directory = Path(__file__).parent / "fixtures" / family
+    model = Transformer.from_pretrained(directory, cls.adapters(TOKENIZER, chosen), torch.bfloat16)
+    method = cls(model, TOKENIZER, chosen)
+    losses, gradients, _ = step(method, PROBLEMS, 2)
+    assert all(math.isfinite(loss) for loss in losses.values())
+    assert gradients.keys() == {key for key, p in method.named_parameters() if p.requires_grad}
+    assert all(gradient.isfinite().all() and gradient.dtype == torch.float32 for gradient in gradients.values())
+    pathway = list(method.pathways.values())[-1]
+    ids = torch.tensor([pathway.prompt(PROBLEMS[0].question, TOKENIZER)])
+    with torch.no_grad():
+        before = model.logits(model(ids, silent=pathway.silent)).float()
+        after = model.merge(pathway.silent).logits(model(ids, silent=pathway.silent)).float()
+    assert (after - before).square().mean().sqrt() < 0.05 * before.square().mean().sqrt()
+    assert len(dart.answer(model, TOKENIZER, pathway, [p.question for p in PROBLEMS], 5, 3)) == 4
+
+
 def test_the_parameters_of_codi_are_the_papers():
     """98,574,336 on Llama-3.2-1B: LoRA on all seven projections 90,177,536, projector 8,396,800; the marks are reserved ids."""
     reserved = SimpleNamespace(reserved=(128_002, 128_003), size=128_256)
