@@ -212,7 +212,8 @@ def summary(records, seconds):
     """The figures of one pathway on one set of problems: records of `dart.evaluate` and seconds of `latency`, or []."""
     figures = {"n": len(records)}
     if records:
-        figures["passes"] = sum(record["passes"] for record in records) / len(records)
+        for kind in ("passes", "tokens"):
+            figures[kind] = sum(record[kind] for record in records) / len(records)
         for kind in ("strict", "tolerant"):
             right = sum(record[kind] for record in records)
             figures[kind], figures[f"{kind}_interval"] = right / len(records), wilson(right, len(records))
@@ -242,6 +243,35 @@ def compare_runs(directories, test, train, device):
                          "train %": f"{100 * row['train']:.1f}", "passes": f"{row['passes']:.1f}",
                          "ms": f"{row['ms']:.1f}"})  # fmt: skip
     return markdown(rows) + "\n", figures
+
+
+def suite_table(rows):
+    """(table in Markdown, figures) of a table of the paper.
+
+    rows: {row: (figures of each seed, the paper's (accuracy, ms) or None)}; the figures of a seed are `summary`'s on one data
+    set and result.json's of its training. The interval is Wilson's for all seeds' answers together. FLOP are those of the
+    whole training, and of one pathway alone: the paper's Table 2 can only be had by counting one sequence in a step.
+    """
+    lines, figures = [], []
+    for row, (seeds, paper) in rows.items():
+        accuracies = [100 * one["strict"] for one in seeds]
+        n, right = sum(one["n"] for one in seeds), sum(one["strict"] * one["n"] for one in seeds)
+        low, high = wilson(round(right), n)
+        mean = {key: statistics.mean(one[key] for one in seeds) for key in
+                ("strict", "tolerant", "passes", "tokens", "ms", "ms_p90", "trained_parameters", "peak_memory", "seconds")}  # fmt: skip
+        flops = {name: statistics.mean(one["flops"][name] for one in seeds) for name in seeds[0]["flops"]}
+        spread = statistics.stdev(accuracies) if len(seeds) > 1 else None
+        accuracy, ms = paper or (None, None)
+        figures.append({"row": row, **mean, "strict_sd": spread and spread / 100, "n": n, "strict_interval": (low, high),
+                        "flops": flops, "seeds": len(seeds), "paper_accuracy": accuracy, "paper_ms": ms})  # fmt: skip
+        lines.append({
+            "row": row, "%": f"{100 * mean['strict']:.1f}" + (f" ± {spread:.1f}" if spread is not None else ""), "n": n,
+            "95 %": f"{100 * low:.1f}-{100 * high:.1f}", "tolerant %": f"{100 * mean['tolerant']:.1f}", "paper %": accuracy or "-",
+            "tokens": f"{mean['tokens']:.1f}", "passes": f"{mean['passes']:.1f}", "ms": f"{mean['ms']:.1f}",
+            "p90": f"{mean['ms_p90']:.1f}", "paper ms": ms or "-", "FLOP": f"{sum(flops.values()):.2e}",
+            "one pathway": f"{list(flops.values())[-1]:.2e}", "trained": f"{mean['trained_parameters']:,.0f}",
+            "GiB": f"{mean['peak_memory'] / 2**30:.2f}", "s": f"{mean['seconds']:.0f}"})  # fmt: skip
+    return markdown(lines) + "\n", figures
 
 
 # ------------------------------------------------------------------------------------------------------------ program

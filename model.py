@@ -14,6 +14,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
@@ -537,6 +538,18 @@ class Transformer(nn.Module):
                     module.merge(rem.get(module))
         self.merged = pathway
         return self.to(self.compute_dtype).requires_grad_(False)
+
+    def training_flops(self, lengths, learned, silent=False):
+        """Floating-point operations (two for a multiply-add) of a forward and a backward pass over rows of the given lengths
+        [B], with logits for `learned` tokens: the matrix products, of frozen weights without their own gradient, and the
+        attention between the pairs of tokens that see each other. Norms and the like are left out."""
+        lengths, config = np.asarray(lengths, dtype=np.float64), self.config
+        total = 3 * 4 * (lengths * (lengths + 1) / 2).sum() * (config.num_attention_heads * config.head_dim) * config.num_hidden_layers
+        for name, p in self.layers.named_parameters():
+            if p.dim() == 2 and (silent or ".rem_" not in name):
+                total += (3 if p.requires_grad else 2) * 2 * lengths.sum() * p.numel()
+        head = self.embed_tokens if self.lm_head is None else self.lm_head
+        return float(total + (3 if head.requires_grad else 2) * 2 * learned * head.numel())
 
     def adapter_state(self, complete=False):
         """What a run must keep, name -> tensor: all that is trained, and the extra rows; complete: the frozen rest, too,

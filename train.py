@@ -12,6 +12,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -31,8 +32,9 @@ import dart
 import data
 from dart import option
 from data import Parser, one_line_errors
-from eval import (DTYPES, RunOptions, check_room, check_vocabulary, compare_runs, parse_options, pick_device, read_json,
-                  read_run, write_atomically)  # fmt: skip
+from eval import (DTYPES, RunOptions, check_room, check_vocabulary, compare_runs, evaluate_pathway, load_run, parse_options,
+                  pick_device, read_json, read_run, suite_table, write_atomically)  # fmt: skip
+from eval import Options as EvalOptions
 from model import MODELS, ModelConfig, Transformer
 
 # ----------------------------------------------------------------------------------------------------------- options
@@ -48,6 +50,10 @@ class Options(RunOptions):
     resume: bool = option(False, "continue the run in --out from its last checkpoint")
     overwrite: bool = option(False, "replace the run in --out")
     compare: tuple = option((), "methods trained first with the same options, into folders of --out, for a table")
+    suite: str = option("", "a table of the paper: all its rows are trained, into folders of --out, and compared",
+                        choices=("", "table1", "table3", "table4", "table5", "figure2"))  # fmt: skip
+    seeds: int = option(1, "how many of them for each row of the suite, from --seed on", low=1)
+    test_data: tuple = option((), "data sets that the rows of the suite are compared on; none: --data")
     epochs: int = option(10, "passes over the training data", low=1)
     steps: int = option(0, "optimizer steps; 0: as many as --epochs take")
     batch_size: int = option(128, "problems in an optimizer step, over all processes", low=1)
@@ -78,6 +84,32 @@ PRESETS = {
 }  # fmt: skip
 
 
+GSM = ("gsm8k-aug", "gsm-hard", "svamp", "multiarith")
+TABLE1 = {"CoT": ("cot", 58.8, 425, 13.4, 477, 59.9, 227, 97.2, 218),
+          "Coconut": ("coconut", 50.6, 390, 11.2, 483, 53.1, 181, 96.5, 217),
+          "CODI": ("codi", 55.6, 143, 12.8, 153, 61.1, 141, 96.1, 132),
+          "No-CoT": ("no-cot", 32.5, 36, 7.1, 57, 40.6, 34, 61.3, 33),
+          "iCoT": ("icot", 19.0, 36, 4.4, 57, 40.9, 34, 39.0, 33),
+          "PauseFT": ("pause", 32.1, 37, 7.3, 60, 40.4, 35, 59.2, 33),
+          "DART": ("dart", 42.6, 37, 10.9, 60, 50.5, 35, 84.8, 33)}  # fmt: skip
+TABLE3 = {"No-CoT": (dict(method="no-cot"), 32.5), "DART": ({}, 42.6), "w/o ST": (dict(n_st=0), 36.8),
+          "w/o REM": (dict(rem_rank=0), 36.2), "w/ LoRA-REM": (dict(rem_is_lora=True), 40.8),
+          "w/o L_distill": (dict(distill_weight=0.0), 33.7), "w/ L_distill on y_1": (dict(distill_at="y_1"), 31.5),
+          "w/ L_distill on [z_N; Y]": (dict(distill_at="z_N+Y"), 33.7)}  # fmt: skip
+SUITES = {  # row -> (options that make it, {(preset, data set): the paper's (accuracy in %, ms on an A10)})
+    "table1": {row: (dict(method=method), {("llama-3.2-1b", name): pair for name, pair in zip(GSM, zip(figures[::2], figures[1::2]))})
+               for row, (method, *figures) in TABLE1.items()},
+    "table3": {row: (changes, {("llama-3.2-1b", "gsm8k-aug"): (accuracy, None)}) for row, (changes, accuracy) in TABLE3.items()},
+    "table4": {row: (dict(method=method), {("llama-3.2-1b", "prosqa"): prosqa, ("llama-3.2-1b", "commonsenseqa-cot"): csqa})
+               for row, method, prosqa, csqa in (("CoT", "cot", (98.8, 882), (68.5, 1471)),
+               ("No-CoT", "no-cot", (94.0, 129), (65.4, 34)), ("DART", "dart", (99.4, 130), (75.1, 34)))},
+    "table5": {row: (dict(method=method), {(preset, "gsm8k-aug"): pair for preset, pair in
+               zip(("gpt2", "qwen2.5-1.5b", "llama-3.2-3b"), pairs)}) for row, method, pairs in (
+               ("No-CoT", "no-cot", ((16.2, 18), (33.3, 95), (40.8, 62))), ("DART", "dart", ((24.7, 19), (42.2, 95), (46.6, 62))))},
+    "figure2": {f"C = {n}": (dict(n_st=n), {}) for n in (0, 2, 4, 8, 12, 16, 20, 24, 32, 40)},
+}  # fmt: skip
+
+
 def read_options(argv):
     """Options from the command line; ValueError for what is unknown or contradictory."""
     argv = sys.argv[1:] if argv is None else argv
@@ -89,7 +121,7 @@ def read_options(argv):
     options = parse_options(Options, argv, __doc__, {"preset": preset, **PRESETS[preset]})
     if "--epochs" in argv and "--steps" not in argv:
         options.steps = 0
-    options.out = options.out or f"out/{preset}"
+    options.out = options.out or f"out/{preset}" + f"-{options.suite}" * bool(options.suite)
     if options.random_init and not options.model:
         options.model = preset
     if preset == "demo" and options.model != "demo":
@@ -100,6 +132,8 @@ def read_options(argv):
         raise ValueError(f"--data {options.data}: neither a directory nor one of demo, {', '.join(data.DATASETS)}")
     if unknown := [name for name in options.compare if name not in dart.METHODS or options.compare.count(name) > 1]:
         raise ValueError(f"--compare {unknown[0]}: each once, of {', '.join(dart.METHODS)}")
+    if options.suite and (options.compare and "--compare" in argv or options.overwrite):
+        raise ValueError("--suite goes neither with --compare nor with --overwrite; it continues what is there")
     if options.resume and options.overwrite:
         raise ValueError("--resume and --overwrite contradict each other")
     for name in ("model", "tokenizer", "data", "data_dir"):  # the run must find them again, from wherever it is evaluated
@@ -132,11 +166,11 @@ def start_processes(options):
 
 
 # The files of a run beside config.json, which says what they are.
-RUN_FILES = ("adapter.safetensors", "trainer.safetensors", "log.jsonl", "result.json", "table.md", "words.json",
+RUN_FILES = ("adapter.safetensors", "trainer.safetensors", "log.jsonl", "result.json", "test.json", "table.md", "words.json",
              "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "added_tokens.json",
              "vocab.json", "merges.txt")  # fmt: skip
 TRAIN_SAMPLE = 500  # so many training problems are answered for the table of a comparison
-FREE_TO_CHANGE = ("out", "resume", "overwrite", "compare", "device", "data_dir")  # between a run and its resumption
+FREE_TO_CHANGE = ("out", "resume", "overwrite", "compare", "device", "data_dir", "suite", "seeds", "test_data")  # between a run and its resumption
 
 
 def check_out(options):
@@ -193,7 +227,7 @@ def save_tensors(tensors, path, metadata):
     os.replace(temporary, path)
 
 
-def save_checkpoint(out, method, optimizer, step, complete):
+def save_checkpoint(out, method, optimizer, step, complete, flops):
     """trainer.safetensors: weights and optimizer state after `step` steps. The rest of a run's state is a function of
     the step: learning rate, data position, and the random numbers, which are seeded at each step."""
     tensors = dict(method.model.adapter_state(complete))
@@ -202,28 +236,30 @@ def save_checkpoint(out, method, optimizer, step, complete):
         for moment in ("exp_avg", "exp_avg_sq"):
             if parameter in optimizer.state:
                 tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment]
+    tensors["flops"] = torch.tensor(list(flops.values()), dtype=torch.float64)
     tensors["optimizer_step"] = next(iter(optimizer.state.values()))["step"]  # since the optimizer started anew
     save_tensors(tensors, out / "trainer.safetensors", {"step": str(step)})
 
 
 @torch.no_grad()
 def load_checkpoint(out, method, optimizer):
-    """Takes up the state that `save_checkpoint` left; returns its step, 0 where there is none."""
-    path = out / "trainer.safetensors"
+    """Takes up the state that `save_checkpoint` left; returns its step and {pathway: FLOPs so far}, 0 where there is none."""
+    path, flops = out / "trainer.safetensors", dict.fromkeys(method.pathways, 0.0)
     if not path.is_file():
-        return 0
+        return 0, flops
     try:
         with safe_open(path, framework="pt") as file:
             step, since = int(file.metadata()["step"]), file.get_tensor("optimizer_step")
+            flops = dict(zip(flops, file.get_tensor("flops").tolist(), strict=True))
             for name, parameter in method.model.named_parameters():
                 if name in file.keys():
                     parameter.copy_(file.get_tensor(name))
                 if parameter.requires_grad:
                     moments = {m: file.get_tensor(f"{m}.{name}").to(parameter.device) for m in ("exp_avg", "exp_avg_sq")}
                     optimizer.state[parameter] = {"step": since.to(parameter.device, copy=True), **moments}
-    except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: not a whole checkpoint of this run ({error})") from None
-    return step
+    return step, flops
 
 
 # ---------------------------------------------------------------------------------------------------------- training
@@ -306,10 +342,23 @@ def validate(method, problems, options, rank, world):
     return accuracies
 
 
+VIRTUAL = Path("/proc/self/status")  # where Linux has a peak that can be set back
+
+
+def reset_peak_memory(device):
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    elif VIRTUAL.is_file():
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_memory(device):
     """Bytes: of the GPU's memory, or of the whole process on a CPU."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated()
+    if VIRTUAL.is_file():
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", VIRTUAL.read_text())[1])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -357,6 +406,7 @@ class Run:
     valid: list
     start: int
     steps: int
+    flops: dict  # pathway -> those of the steps before `start`
 
 
 def prepare(options, device):
@@ -388,8 +438,8 @@ def prepare(options, device):
         asked = asked + train[:TRAIN_SAMPLE] + load(options, "test")
     check_room(method, asked, options.max_new_tokens)
     optimizer = make_optimizer(method.model, options)
-    start = load_checkpoint(Path(options.out), method, optimizer) if options.resume else 0
-    return Run(options, method, optimizer, train, rows, lengths, valid, start, steps)
+    start, flops = load_checkpoint(Path(options.out) if options.resume else Path(os.devnull), method, optimizer)
+    return Run(options, method, optimizer, train, rows, lengths, valid, start, steps, flops)
 
 
 def global_batches(run, first):
@@ -408,17 +458,19 @@ def stage_of(run, step):
 
 def make_micro_batches(run, step, batch, rank, world, device):
     """This process's rows of a global batch, cut into forward passes: list of {pathway: Batch, 'rows': their number, 'tokens':
-    useful ones}."""
+    useful ones, 'flops': {pathway: what they cost}}."""
     method, stage, mine = run.method, stage_of(run, step), batch[rank::world]
     draws = np.random.default_rng((run.options.seed, step)).random(len(batch))[rank::world]
     size, pad, micro_batches = run.options.micro_batch_size or len(mine), method.tokenizer.eos_id, []
     for start in range(0, len(mine), size):
-        micro = {"rows": len(mine[start : start + size]), "tokens": 0}
+        micro = {"rows": len(mine[start : start + size]), "tokens": 0, "flops": {}}
         for name, rows in run.rows.items():
             chosen = zip(mine[start : start + size], draws[start : start + size], strict=True)
             some = [rows[i] if stage is None else
                     method.training_pathway(name, stage, draw).row(run.problems[i], method.tokenizer) for i, draw in chosen]  # fmt: skip
-            micro |= {name: data.collate(some, pad).to(device), "tokens": micro["tokens"] + sum(len(row.ids) for row in some)}
+            lengths, learned = [len(row.ids) for row in some], sum(len(row.ids) - row.z for row in some)
+            micro |= {name: data.collate(some, pad).to(device), "tokens": micro["tokens"] + sum(lengths)}
+            micro["flops"][name] = method.model.training_flops(lengths, learned, method.pathways[name].silent)
         micro_batches.append(micro)
     return micro_batches
 
@@ -463,10 +515,10 @@ def train(run, rank, world, device):
             continue
         with meter.pause():
             if (step % options.save_every == 0 or last) and rank == 0:
-                save_checkpoint(out, method, optimizer, step, options.complete)
+                save_checkpoint(out, method, optimizer, step, options.complete, meter.flops)
             if step % eval_every == 0 and not last:
                 evaluation(step)
-    result = {"method": options.method, "steps": run.steps, **meter.totals(), "valid": evaluation(run.steps),
+    result = {"method": options.method, "steps": run.steps, **meter.totals(), "flops": meter.flops, "valid": evaluation(run.steps),
               "trained_parameters": sum(p.numel() for p in parameters)}  # fmt: skip
     if rank == 0:
         write_atomically(out / "result.json", json.dumps(result, indent=1) + "\n")
@@ -485,8 +537,8 @@ class Meter:
     def __init__(self, run, device):
         self.run, self.device, self.began = run, device, time.perf_counter()
         self.tokens = self.mine = self.padded = 0
-        if torch.device(device).type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+        self.flops = dict(run.flops)
+        reset_peak_memory(device)
 
     @contextlib.contextmanager
     def pause(self):
@@ -502,6 +554,8 @@ class Meter:
             self.mine += micro["tokens"]
             self.tokens += micro["tokens"] * world  # the other processes' rows are of about the same lengths
             self.padded += sum(micro[name].ids.numel() for name in self.run.rows)
+            for name, flops in micro["flops"].items():
+                self.flops[name] += flops * world
 
     def totals(self):
         seconds = time.perf_counter() - self.began
@@ -531,6 +585,63 @@ def conclude(options, runs, result, device):
     print(f"\n{text}\nThe run is in {out}, this table in {out / 'table.md'}; python eval.py --ckpt {out} evaluates it again.")
 
 
+def suite_runs(options):
+    """{row: its runs, one a seed} of a table of the paper. Each has a folder, and goes on where it was stopped."""
+    return {row: [dataclasses.replace(options, **{"method": "dart", **changes}, suite="", compare=(), resume=True, seed=seed,
+                                      out=str(Path(options.out) / re.sub(r"\W+", "-", row).strip("-") / str(seed)))
+                  for seed in range(options.seed, options.seed + options.seeds)]
+            for row, (changes, _) in SUITES[options.suite].items()}  # fmt: skip
+
+
+def test_run(one, names, device):
+    """{data set: figures} of a trained run, through the pathway that it answers through; kept in its test.json."""
+    path = Path(one.out) / "test.json"
+    figures = read_json(path) if path.is_file() else {}
+    if missing := [name for name in names if name not in figures]:
+        method, run = load_run(one.out, device=device)
+        pathway = list(method.pathways)[-1]
+        sets = {name: data.load(name, "test", one.seed, one.data_dir) for name in missing}
+        how = EvalOptions(pathway=(pathway,), max_new_tokens=run.max_new_tokens)
+        figures |= {row["data"]: row for row in evaluate_pathway(method, pathway, sets, how)[0]}
+        write_atomically(path, json.dumps(figures, indent=1) + "\n")
+    return figures
+
+
+def conclude_suite(options, runs, device):
+    """The table of a suite for each data set: printed, and left in table.md and table.json of --out."""
+    out, names, texts, tables = Path(options.out), options.test_data or (options.data,), [], {}
+    seeds = {row: [test_run(one, names, device) | {"": read_json(Path(one.out) / "result.json")} for one in some]
+             for row, some in runs.items()}  # fmt: skip
+    for name in names:
+        rows = {row: ([one[name] | one[""] for one in some], SUITES[options.suite][row][1].get((options.preset, name)))
+                for row, some in seeds.items()}  # fmt: skip
+        text, tables[name] = suite_table(rows)
+        texts.append(f"{options.suite}, {options.preset} on {name}, seeds {options.seed} to {options.seed + options.seeds - 1}\n\n{text}")
+    write_atomically(out / "table.md", "\n".join(texts))
+    write_atomically(out / "table.json", json.dumps(tables, indent=1) + "\n")
+    print("\n" + "\n".join(texts))
+    with contextlib.suppress(ImportError):  # Figure 2 as an image, where there is matplotlib
+        if options.suite == "figure2":
+            draw_figure2(tables, out / "figure2.png")
+
+
+def draw_figure2(tables, path):
+    """Accuracy and time to an answer over C, for each data set."""
+    import matplotlib.pyplot as plt
+
+    figure, left = plt.subplots()
+    right = left.twinx()
+    for name, rows in tables.items():
+        n_st = [int(row["row"].removeprefix("C = ")) for row in rows]
+        left.errorbar(n_st, [100 * row["strict"] for row in rows], [100 * (row["strict_sd"] or 0) for row in rows], label=name)
+        right.plot(n_st, [row["ms"] for row in rows], linestyle=":")
+    left.set(xlabel="C, number of silent tokens", ylabel="accuracy (%)")
+    right.set(ylabel="time to an answer (ms, dotted)", ylim=(0, None))
+    left.legend()
+    figure.savefig(path)
+    plt.close(figure)
+
+
 # ------------------------------------------------------------------------------------------------------------ program
 
 
@@ -554,8 +665,10 @@ def main(argv=None):
     with one_line_errors():
         options = read_options(argv)
         rank, world, device = start_processes(options)
-        runs = [dataclasses.replace(options, method=name, out=str(Path(options.out) / name), compare=())
-                for name in options.compare] + [options]  # fmt: skip
+        suite = suite_runs(options) if options.suite else {}
+        runs = [one for seeds in suite.values() for one in seeds] or [
+            dataclasses.replace(options, method=name, out=str(Path(options.out) / name), compare=()) for name in options.compare
+        ] + [options]
         for one in runs:
             check_out(one)
     for one in runs:
@@ -563,7 +676,9 @@ def main(argv=None):
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
-    if rank == 0 and options.compare:
+    if rank == 0 and suite:
+        conclude_suite(options, suite, device)
+    elif rank == 0 and options.compare:
         conclude(options, runs, result, device)
 
 

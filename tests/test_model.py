@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
 
 from model import MODELS, Adapters, KVCache, ModelConfig, Transformer, rope_frequencies, rotate
 
@@ -131,6 +132,33 @@ def test_parameter_counts_of_the_paper():
 def test_parameter_counts_of_the_other_models(name, parameters):
     model = Transformer(MODELS[name], device="meta", random_init=False)
     assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("silent", [True, False])
+@pytest.mark.parametrize("adapters", [Adapters(rem_rank=2), Adapters(lora_rank=3, rem_rank=2)])
+def test_training_flops_are_those_that_torch_counts(family, silent, adapters):
+    """Matrix products as they are run. In the first layer a frozen base passes no gradient to its input, and with LoRA there
+    its three projections and what stands before them save one product each: those are taken off here."""
+    model = Transformer.from_pretrained(FIXTURES / family, adapters)
+    if adapters.lora_rank == 0:
+        model.requires_grad_(True)
+    ids, learned = expected(family)["ids"][:, :50].view(2, 25), torch.tensor([3, 20, 24])
+    with FlopCounterMode(display=False) as counter:
+        model.logits(model(ids, silent=silent)[:, learned]).sum().backward()
+    counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
+    attention = model.training_flops([25, 25], 0) - model.training_flops([50], 0)  # linear in the tokens but for the pairs
+    c = model.config
+    per_pair = 12 * c.num_attention_heads * c.head_dim * c.num_hidden_layers
+    assert attention == per_pair * (2 * 25 * 26 / 2 - 50 * 51 / 2)
+    want = model.training_flops([25, 25], 6, silent) - per_pair * 25 * 26
+    if adapters.lora_rank:
+        n, kv, q = c.hidden_size, c.num_key_value_heads * c.head_dim, c.num_attention_heads * c.head_dim
+        saved = n * q + 3 * n  # q: the gradient of its input through W and through A
+        saved += 2 * (2 * n if silent else n * kv + 3 * n)  # k, v: of REM's input through R1, or as q
+        assert 2 * 50 * saved >= want - counted >= 0
+    else:
+        assert counted == want
 
 
 # ------------------------------------------------------------------------------------------------- REM and LoRA

@@ -89,6 +89,67 @@ def test_losses_fall_on_every_method(tmp_path):
                 assert records[29][name] < 0.75 * records[0][name], (method, name)
 
 
+def suite(out, *more):
+    train.main([*QUICK, "--suite", "table3", "--out", str(out), "--log_every", "6", *more])
+
+
+def test_a_suite_trains_every_row_with_every_seed_and_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+    three = {row: train.SUITES["table3"][row] for row in ("No-CoT", "w/ LoRA-REM", "w/ L_distill on [z_N; Y]")}
+    monkeypatch.setitem(train.SUITES, "table3", three)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # stopped in the fourth run
+        patch.setattr(train, "learning_rate", lambda options, step, steps, old=train.learning_rate: (
+            exec("raise KeyboardInterrupt") if options.rem_is_lora and options.seed == 4 and step == 4 else old(options, step, steps)))
+        suite(tmp_path, "--seeds", "2", "--seed", "3")
+    assert not (tmp_path / "table.md").exists() and capsys.readouterr().out.count("step 6/6") == 3
+    suite(tmp_path, "--seeds", "2", "--seed", "3")
+    assert capsys.readouterr().out.count("step 6/6") == 3
+    folders = {"No-CoT": "No-CoT", "w/ LoRA-REM": "w-LoRA-REM", "w/ L_distill on [z_N; Y]": "w-L_distill-on-z_N-Y"}
+    table = json.loads((tmp_path / "table.json").read_text())["demo"]
+    assert [row["row"] for row in table] == list(folders)
+    for row in table:
+        seeds = [tmp_path / folders[row["row"]] / seed for seed in "34"]
+        results = [json.loads((seed / "result.json").read_text()) for seed in seeds]
+        strict = []
+        for seed, directory in zip((3, 4), seeds, strict=True):  # each is tested on its own seed's split
+            method, options = evaluation.load_run(directory)
+            found = dart.evaluate(method.model, method.tokenizer, list(method.pathways.values())[-1], data.demo_problems(seed)["test"], 24)
+            strict.append(sum(record["strict"] for record in found) / 500)
+        assert row["strict"] == pytest.approx(np.mean(strict)) and row["strict_sd"] == pytest.approx(np.std(strict, ddof=1))
+        assert row["strict_interval"] == pytest.approx(evaluation.wilson(round(500 * sum(strict)), 1000)) and row["n"] == 1000
+        assert row["trained_parameters"] == results[0]["trained_parameters"] and row["tokens"] <= row["passes"]
+        assert row["flops"] == {name: np.mean([r["flops"][name] for r in results]) for name in results[0]["flops"]}
+    text = (tmp_path / "table.md").read_text()
+    assert text.startswith("table3, demo on demo, seeds 3 to 4") and "w/ LoRA-REM" in text
+    monkeypatch.setattr(train, "train", None)
+    monkeypatch.setattr(train, "evaluate_pathway", None)
+    suite(tmp_path, "--seeds", "2", "--seed", "3")  # nothing is left to do
+    assert (tmp_path / "table.md").read_text() == text
+
+
+def test_the_papers_figures_stand_beside_ours_where_there_are_some():
+    assert train.SUITES["table1"]["DART"][1]["llama-3.2-1b", "multiarith"] == (84.8, 33)
+    assert train.SUITES["table1"]["CODI"][1]["llama-3.2-1b", "gsm8k-aug"] == (55.6, 143)
+    assert train.SUITES["table4"]["DART"][1]["llama-3.2-1b", "commonsenseqa-cot"] == (75.1, 34)
+    assert train.SUITES["table5"]["No-CoT"][1]["qwen2.5-1.5b", "gsm8k-aug"] == (33.3, 95)
+    assert train.SUITES["table3"]["w/o REM"] == ({"rem_rank": 0}, {("llama-3.2-1b", "gsm8k-aug"): (36.2, None)})
+    one = {"n": 4, "strict": 0.5, "tolerant": 0.75, "passes": 8.0, "tokens": 2.0, "ms": 1.0, "ms_p90": 2.0, "trained_parameters": 7,
+           "peak_memory": 2**30, "seconds": 3.0, "flops": {"cot": 3e15, "st": 1e15}}  # fmt: skip
+    text, figures = evaluation.suite_table({"DART": ([one], (42.6, 37)), "more": ([one, one | {"strict": 1.0}], None)})
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    assert cells[2] == ["DART", "50.0", "4", "15.0-85.0", "75.0", "42.6", "2.0", "8.0", "1.0", "2.0", "37", "4.00e+15", "1.00e+15",
+                        "7", "1.00", "3"]  # fmt: skip
+    assert cells[3][:6] == ["more", "75.0 ± 35.4", "8", "40.9-92.9", "75.0", "-"]
+    assert figures[0]["paper_accuracy"] == 42.6 and figures[1]["strict_sd"] == pytest.approx(0.35355, rel=1e-4)
+
+
+def test_every_row_of_every_suite_is_a_run(tmp_path):
+    for name, rows in train.SUITES.items():
+        options = train.read_options(["--suite", name, "--seeds", "2", "--out", str(tmp_path)])
+        runs = train.suite_runs(options)
+        outs = [one.out for some in runs.values() for one in some]
+        assert runs.keys() == rows.keys() and len(set(outs)) == 2 * len(rows) and all(Path(out).parent.parent == tmp_path for out in outs)
+
+
 def test_lora_and_rem_from_a_hugging_face_directory(tmp_path, adapters_run):
     records = run(tmp_path / "run", *adapters_run, "--steps", "25", "--lr", "1e-2")
     assert np.mean([r["cot"] + r["st"] for r in records[-6:] if "cot" in r]) < 0.8 * (records[0]["cot"] + records[0]["st"])
@@ -367,6 +428,8 @@ def test_overwriting_replaces_the_run_and_nothing_else(tmp_path):
         (["--compare", "magic"], "--compare magic: each once, of dart"),
         (["--compare", "cot", "cot"], "--compare cot: each once, of dart"),
         (["--resume", "--overwrite"], "contradict"),
+        (["--suite", "table1", "--overwrite"], "--suite goes neither with"),
+        (["--suite", "table2"], "invalid choice: 'table2'"),
         (["--batch_size", "1821"], "there are only 1820 problems"),
         (["--preset", "gpt2", "--model", str(FIXTURES / "gpt2"), "--data", "demo"], "no tokenizer"),
     ],
