@@ -248,12 +248,12 @@ def compare_runs(directories, test, train, device):
 def suite_table(rows):
     """(table in Markdown, figures) of a table of the paper.
 
-    rows: {row: (figures of each seed, the paper's (accuracy, ms) or None)}; the figures of a seed are `summary`'s on one data
+    rows: {row: (figures of each seed, the paper's accuracy and ms, or None)}; the figures of a seed are `summary`'s on one data
     set and result.json's of its training. The interval is Wilson's for all seeds' answers together. FLOP are those of the
     whole training, and of one pathway alone: the paper's Table 2 can only be had by counting one sequence in a step.
     """
     lines, figures = [], []
-    for row, (seeds, paper) in rows.items():
+    for row, (seeds, accuracy, ms) in rows.items():
         accuracies = [100 * one["strict"] for one in seeds]
         n, right = sum(one["n"] for one in seeds), sum(one["strict"] * one["n"] for one in seeds)
         low, high = wilson(round(right), n)
@@ -261,7 +261,6 @@ def suite_table(rows):
                 ("strict", "tolerant", "passes", "tokens", "ms", "ms_p90", "trained_parameters", "peak_memory", "seconds")}  # fmt: skip
         flops = {name: statistics.mean(one["flops"][name] for one in seeds) for name in seeds[0]["flops"]}
         spread = statistics.stdev(accuracies) if len(seeds) > 1 else None
-        accuracy, ms = paper or (None, None)
         figures.append({"row": row, **mean, "strict_sd": spread and spread / 100, "n": n, "strict_interval": (low, high),
                         "flops": flops, "seeds": len(seeds), "paper_accuracy": accuracy, "paper_ms": ms})  # fmt: skip
         lines.append({

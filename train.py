@@ -84,30 +84,28 @@ PRESETS = {
 }  # fmt: skip
 
 
-GSM = ("gsm8k-aug", "gsm-hard", "svamp", "multiarith")
-TABLE1 = {"CoT": ("cot", 58.8, 425, 13.4, 477, 59.9, 227, 97.2, 218),
-          "Coconut": ("coconut", 50.6, 390, 11.2, 483, 53.1, 181, 96.5, 217),
-          "CODI": ("codi", 55.6, 143, 12.8, 153, 61.1, 141, 96.1, 132),
-          "No-CoT": ("no-cot", 32.5, 36, 7.1, 57, 40.6, 34, 61.3, 33),
-          "iCoT": ("icot", 19.0, 36, 4.4, 57, 40.9, 34, 39.0, 33),
-          "PauseFT": ("pause", 32.1, 37, 7.3, 60, 40.4, 35, 59.2, 33),
-          "DART": ("dart", 42.6, 37, 10.9, 60, 50.5, 35, 84.8, 33)}  # fmt: skip
-TABLE3 = {"No-CoT": (dict(method="no-cot"), 32.5), "DART": ({}, 42.6), "w/o ST": (dict(n_st=0), 36.8),
-          "w/o REM": (dict(rem_rank=0), 36.2), "w/ LoRA-REM": (dict(rem_is_lora=True), 40.8),
-          "w/o L_distill": (dict(distill_weight=0.0), 33.7), "w/ L_distill on y_1": (dict(distill_at="y_1"), 31.5),
-          "w/ L_distill on [z_N; Y]": (dict(distill_at="z_N+Y"), 33.7)}  # fmt: skip
-SUITES = {  # row -> (options that make it, {(preset, data set): the paper's (accuracy in %, ms on an A10)})
-    "table1": {row: (dict(method=method), {("llama-3.2-1b", name): pair for name, pair in zip(GSM, zip(figures[::2], figures[1::2]))})
-               for row, (method, *figures) in TABLE1.items()},
-    "table3": {row: (changes, {("llama-3.2-1b", "gsm8k-aug"): (accuracy, None)}) for row, (changes, accuracy) in TABLE3.items()},
-    "table4": {row: (dict(method=method), {("llama-3.2-1b", "prosqa"): prosqa, ("llama-3.2-1b", "commonsenseqa-cot"): csqa})
-               for row, method, prosqa, csqa in (("CoT", "cot", (98.8, 882), (68.5, 1471)),
-               ("No-CoT", "no-cot", (94.0, 129), (65.4, 34)), ("DART", "dart", (99.4, 130), (75.1, 34)))},
-    "table5": {row: (dict(method=method), {(preset, "gsm8k-aug"): pair for preset, pair in
-               zip(("gpt2", "qwen2.5-1.5b", "llama-3.2-3b"), pairs)}) for row, method, pairs in (
-               ("No-CoT", "no-cot", ((16.2, 18), (33.3, 95), (40.8, 62))), ("DART", "dart", ((24.7, 19), (42.2, 95), (46.6, 62))))},
-    "figure2": {f"C = {n}": (dict(n_st=n), {}) for n in (0, 2, 4, 8, 12, 16, 20, 24, 32, 40)},
+SUITES = {  # table of the paper -> row -> the options that make it
+    "table1": {"CoT": dict(method="cot"), "Coconut": dict(method="coconut"), "CODI": dict(method="codi"),
+               "No-CoT": dict(method="no-cot"), "iCoT": dict(method="icot"), "PauseFT": dict(method="pause"), "DART": {}},
+    "table3": {"No-CoT": dict(method="no-cot"), "DART": {}, "w/o ST": dict(n_st=0), "w/o REM": dict(rem_rank=0),
+               "w/ LoRA-REM": dict(rem_is_lora=True), "w/o L_distill": dict(distill_weight=0.0),
+               "w/ L_distill on y_1": dict(distill_at="y_1"), "w/ L_distill on [z_N; Y]": dict(distill_at="z_N+Y")},
+    "table4": {"CoT": dict(method="cot"), "No-CoT": dict(method="no-cot"), "DART": {}},
+    "table5": {"No-CoT": dict(method="no-cot"), "DART": {}},
+    "figure2": {f"C = {n}": dict(n_st=n) for n in (0, 2, 4, 8, 12, 16, 20, 24, 32, 40)},
 }  # fmt: skip
+PAPER = {  # (table, preset, data set) -> the paper's accuracies in % and times in ms (an A10), in the order of the rows
+    ("table1", "llama-3.2-1b", "gsm8k-aug"): ([58.8, 50.6, 55.6, 32.5, 19.0, 32.1, 42.6], [425, 390, 143, 36, 36, 37, 37]),
+    ("table1", "llama-3.2-1b", "gsm-hard"): ([13.4, 11.2, 12.8, 7.1, 4.4, 7.3, 10.9], [477, 483, 153, 57, 57, 60, 60]),
+    ("table1", "llama-3.2-1b", "svamp"): ([59.9, 53.1, 61.1, 40.6, 40.9, 40.4, 50.5], [227, 181, 141, 34, 34, 35, 35]),
+    ("table1", "llama-3.2-1b", "multiarith"): ([97.2, 96.5, 96.1, 61.3, 39.0, 59.2, 84.8], [218, 217, 132, 33, 33, 33, 33]),
+    ("table3", "llama-3.2-1b", "gsm8k-aug"): ([32.5, 42.6, 36.8, 36.2, 40.8, 33.7, 31.5, 33.7], [None] * 8),
+    ("table4", "llama-3.2-1b", "prosqa"): ([98.8, 94.0, 99.4], [882, 129, 130]),
+    ("table4", "llama-3.2-1b", "commonsenseqa-cot"): ([68.5, 65.4, 75.1], [1471, 34, 34]),
+    ("table5", "gpt2", "gsm8k-aug"): ([16.2, 24.7], [18, 19]),
+    ("table5", "qwen2.5-1.5b", "gsm8k-aug"): ([33.3, 42.2], [95, 95]),
+    ("table5", "llama-3.2-3b", "gsm8k-aug"): ([40.8, 46.6], [62, 62]),
+}
 
 
 def read_options(argv):
@@ -590,7 +588,7 @@ def suite_runs(options):
     return {row: [dataclasses.replace(options, **{"method": "dart", **changes}, suite="", compare=(), resume=True, seed=seed,
                                       out=str(Path(options.out) / re.sub(r"\W+", "-", row).strip("-") / str(seed)))
                   for seed in range(options.seed, options.seed + options.seeds)]
-            for row, (changes, _) in SUITES[options.suite].items()}  # fmt: skip
+            for row, changes in SUITES[options.suite].items()}  # fmt: skip
 
 
 def test_run(one, names, device):
@@ -613,8 +611,9 @@ def conclude_suite(options, runs, device):
     seeds = {row: [test_run(one, names, device) | {"": read_json(Path(one.out) / "result.json")} for one in some]
              for row, some in runs.items()}  # fmt: skip
     for name in names:
-        rows = {row: ([one[name] | one[""] for one in some], SUITES[options.suite][row][1].get((options.preset, name)))
-                for row, some in seeds.items()}  # fmt: skip
+        paper = PAPER.get((options.suite, options.preset, name), ([None] * len(seeds),) * 2)
+        rows = {row: ([one[name] | one[""] for one in some], *figures)
+                for (row, some), *figures in zip(seeds.items(), *paper, strict=True)}  # fmt: skip
         text, tables[name] = suite_table(rows)
         texts.append(f"{options.suite}, {options.preset} on {name}, seeds {options.seed} to {options.seed + options.seeds - 1}\n\n{text}")
     write_atomically(out / "table.md", "\n".join(texts))

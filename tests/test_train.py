@@ -127,14 +127,21 @@ def test_a_suite_trains_every_row_with_every_seed_and_goes_on_where_it_stopped(t
 
 
 def test_the_papers_figures_stand_beside_ours_where_there_are_some():
-    assert train.SUITES["table1"]["DART"][1]["llama-3.2-1b", "multiarith"] == (84.8, 33)
-    assert train.SUITES["table1"]["CODI"][1]["llama-3.2-1b", "gsm8k-aug"] == (55.6, 143)
-    assert train.SUITES["table4"]["DART"][1]["llama-3.2-1b", "commonsenseqa-cot"] == (75.1, 34)
-    assert train.SUITES["table5"]["No-CoT"][1]["qwen2.5-1.5b", "gsm8k-aug"] == (33.3, 95)
-    assert train.SUITES["table3"]["w/o REM"] == ({"rem_rank": 0}, {("llama-3.2-1b", "gsm8k-aug"): (36.2, None)})
+    def paper(table, preset, name, row):
+        rows = list(train.SUITES[table])
+        accuracies, times = train.PAPER[table, preset, name]
+        assert len(rows) == len(accuracies) == len(times)
+        return accuracies[rows.index(row)], times[rows.index(row)]
+
+    assert paper("table1", "llama-3.2-1b", "multiarith", "DART") == (84.8, 33)
+    assert paper("table1", "llama-3.2-1b", "gsm8k-aug", "CODI") == (55.6, 143)
+    assert paper("table1", "llama-3.2-1b", "svamp", "iCoT") == (40.9, 34)
+    assert paper("table4", "llama-3.2-1b", "commonsenseqa-cot", "DART") == (75.1, 34)
+    assert paper("table5", "qwen2.5-1.5b", "gsm8k-aug", "No-CoT") == (33.3, 95)
+    assert paper("table3", "llama-3.2-1b", "gsm8k-aug", "w/o REM") == (36.2, None)
     one = {"n": 4, "strict": 0.5, "tolerant": 0.75, "passes": 8.0, "tokens": 2.0, "ms": 1.0, "ms_p90": 2.0, "trained_parameters": 7,
            "peak_memory": 2**30, "seconds": 3.0, "flops": {"cot": 3e15, "st": 1e15}}  # fmt: skip
-    text, figures = evaluation.suite_table({"DART": ([one], (42.6, 37)), "more": ([one, one | {"strict": 1.0}], None)})
+    text, figures = evaluation.suite_table({"DART": ([one], 42.6, 37), "more": ([one, one | {"strict": 1.0}], None, None)})
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
     assert cells[2] == ["DART", "50.0", "4", "15.0-85.0", "75.0", "42.6", "2.0", "8.0", "1.0", "2.0", "37", "4.00e+15", "1.00e+15",
                         "7", "1.00", "3"]  # fmt: skip
