@@ -8,6 +8,9 @@ The CoT pathway learns to write the steps and then the answer, the ST pathway to
 ST pathway's state at z_N, the last token of the separator, is pulled to the CoT pathway's. Later only the ST pathway
 answers: one forward pass over question, <st> and separator, then the answer.
 
+Two of the methods that DART is compared with, Coconut and CODI, have continuous thoughts in its place: hidden states that
+are fed back as the next inputs, one after the other (`think`).
+
 Symbols are the paper's: Q question, S the C tokens <st>, Z = [steps; separator], z_N its last token, Y answer, L layers,
 n hidden size, h~ teacher (CoT) and h^ student (ST) state at z_N, sigma, lambda. Equations are counted as they stand in
 the paper: (1) L_CoT, (2) L_ST, (3) the shift and REM, (4) L_distill, (5) their sum. B is a number of rows.
@@ -62,7 +65,7 @@ class Options:
     removal_per_epoch: float = option(8.0, "tokens of the CoT removed in an epoch (icot)", low=0.001)
     removal_smoothing: float = option(4.0, "k more tokens are removed from a row with a probability that falls as "
                                       "exp(-this k); 0: none (icot)")  # fmt: skip
-    remove_all_beyond: int = option(39, "more tokens removed than this: all are removed (icot)")
+    remove_all_beyond: int = option(39, "where so many tokens would be removed, all are (icot)")
 
 
 # ---------------------------------------------------------------------------------------------------------- pathways
@@ -118,27 +121,27 @@ class Pathway:
 # ------------------------------------------------------------------------------------------------ continuous thoughts
 
 
-def think(model, ids, start, end, thoughts, cache, silent=False, at=None):
+def think(model, ids, start, end, thoughts, cache=None, at=None):
     """A pass over rows with continuous thoughts (Coconut, CODI): in the place of ids[b, start_b : start_b + thoughts], each
     one is the hidden state before it, through the model's projector where it has one.
 
     ids [B, T], rows of the lengths end [B]; start [B], thoughts > 0; at [B] or [B, P]: as in `Transformer.forward` ->
     (hidden [B, R, n] from the last thought on, first [B]: that thought's index in its row, states at `at`). The thoughts come
-    one after the other, through the cache, which must hold 2 T tokens; the gradients flow through it.
+    one after the other, through the cache, and so do the gradients. Padding may stand at positions behind all rows.
     """
-    rows, T = torch.arange(len(ids), device=ids.device), ids.shape[1]
-    project = model.projector or (lambda hidden: hidden)
-    hidden = model(ids[:, : int(start.max())], silent, cache=cache)[rows, start - 1]  # [B, n]
-    for i in range(thoughts - 1):
-        hidden = model(project(hidden)[:, None], silent, (start + i)[:, None], cache)[:, 0]
-    first = start + thoughts - 1
+    rows, first = torch.arange(len(ids), device=ids.device), start + thoughts - 1
     positions = first[:, None] + torch.arange(int((end - first).max()), device=ids.device)  # [B, R]; beyond `end`: padding
-    positions = positions.clamp(max=model.config.max_position_embeddings - 1)
-    x = model.embed(ids.gather(1, positions.clamp(max=T - 1))).to(hidden.dtype)
+    if cache is None:
+        cache = KVCache(model.config, len(ids), int(positions.max()) + 1, model.compute_dtype, ids.device)
+    project = model.projector or (lambda hidden: hidden)
+    hidden = model(ids[:, : int(start.max())], cache=cache)[rows, start - 1]  # [B, n]
+    for i in range(thoughts - 1):
+        hidden = model(project(hidden)[:, None], positions=(start + i)[:, None], cache=cache)[:, 0]
+    x = model.embed(ids.gather(1, positions.clamp(max=ids.shape[1] - 1))).to(hidden.dtype)
     x = torch.cat((project(hidden)[:, None], x[:, 1:]), dim=1)
     if at is None:
-        return model(x, silent, positions, cache), first, None
-    hidden, states = model(x, silent, positions, cache, at - first.view(-1, *[1] * (at.dim() - 1)))
+        return model(x, positions=positions, cache=cache), first, None
+    hidden, states = model(x, positions=positions, cache=cache, at=at - first.view(-1, *[1] * (at.dim() - 1)))
     return hidden, first, states
 
 
@@ -245,13 +248,11 @@ class Method(nn.Module):
     def forward(self, name, batch, teacher=None, sigma=None):
         """One pass through the pathway `name`: (losses, states that are compared [L, K, n]). A loss is a mean over the B rows;
         the cross-entropy goes by the pathway's name, and 'distill' is there where there is a teacher."""
-        silent, (at, mask, weight), first = self.pathways[name].silent, self.compared(batch), None
+        (at, mask, weight), first = self.compared(batch), None
         if batch.thoughts:
-            B, T = batch.ids.shape
-            cache = KVCache(self.model.config, B, 2 * T, self.model.compute_dtype, batch.ids.device)
-            hidden, first, states = think(self.model, batch.ids, batch.start, batch.end, batch.thoughts, cache, silent, at)
+            hidden, first, states = think(self.model, batch.ids, batch.start, batch.end, batch.thoughts, at=at)
         else:
-            hidden, states = self.model(batch.ids, silent, at=at)
+            hidden, states = self.model(batch.ids, self.pathways[name].silent, at=at)
         states = states if mask is None else states[:, mask]
         losses = {name: cross_entropy(self.model, hidden, batch, first)}
         if teacher is not None:
@@ -310,7 +311,7 @@ class ICoT(Method):
 
     def stage(self, step, steps_per_epoch):
         s = step // max(1, round(steps_per_epoch / self.options.removal_per_epoch))
-        return s if s <= self.options.remove_all_beyond else ALL
+        return s if s < self.options.remove_all_beyond else ALL
 
     def training_pathway(self, name, stage, draw):
         """P(k tokens more) is proportional to exp(-removal_smoothing k)."""
@@ -424,9 +425,9 @@ def generate(model, prompts, silent, eos_id, max_new_tokens, starts=None, though
     length = torch.tensor([len(prompt) for prompt in prompts], device=device)  # [B]
     T = int(length.max())
     ids = torch.tensor([prompt + [eos_id] * (T - len(prompt)) for prompt in prompts], device=device)
-    cache = KVCache(model.config, B, T + max(T * (thoughts > 0), max_new_tokens), model.compute_dtype, device)
+    cache = KVCache(model.config, B, T + max_new_tokens, model.compute_dtype, device)
     if thoughts:
-        hidden, first, _ = think(model, ids, torch.tensor(starts, device=device), length, thoughts, cache, silent)
+        hidden, first, _ = think(model, ids, torch.tensor(starts, device=device), length, thoughts, cache)
     else:
         hidden, first = model(ids, silent=silent, cache=cache), 0
     hidden = hidden[torch.arange(B, device=device), length - 1 - first]  # [B, n]

@@ -753,8 +753,8 @@ def picture(row, tokenizer, width=100):
     """A row as text: each token, and below it what it weighs in the loss ('.' where it is not learned)."""
     cells = []
     for i, token in enumerate(row.ids.tolist()):
-        if row.start <= i < row.start + row.thoughts:
-            text = "<thought>"
+        if row.start and row.start - 1 <= i <= row.start + row.thoughts:  # between two marks
+            text = {row.start - 1: "<bot>", row.start + row.thoughts: "<eot>"}.get(i, "<thought>")
         elif token in tokenizer.reserved or token >= tokenizer.size:
             text = "<st>"
         else:

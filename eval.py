@@ -125,9 +125,9 @@ def read_run(directory):
         raise FileNotFoundError(f"{directory}: not a run of train.py: there is no config.json in it")
     saved = read_json(path)
     try:
-        values = {field.name: saved["options"][field.name] for field in dataclasses.fields(RunOptions)}
+        values = {field.name: saved["options"].get(field.name, field.default) for field in dataclasses.fields(RunOptions)}
         return check_options(RunOptions(**values)), ModelConfig(**saved["model_config"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: not the configuration of a run ({error})") from None
 
 
@@ -282,7 +282,7 @@ class Options:
     data: tuple = option((), "data sets: names, directories or files as for train.py; none: the run's own")
     data_dir: str = option("", "where the data sets lie, if not where they were in training")
     split: str = option("test", "which split of them", choices=("train", "valid", "test"))
-    pathway: tuple = option((), "pathways to answer through (dart: st, cot); none: the method's own way to answer")
+    pathway: tuple = option((), "pathways to answer through (dart: st, cot; codi: codi, cot); none: the method's own way to answer")
     limit: int = option(0, "at most so many problems of each set; 0: all")
     latency: int = option(50, "questions timed one by one at batch 1; 0: none")
     batch_size: int = option(64, "problems answered at once, for the accuracy", low=1)

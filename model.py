@@ -156,7 +156,7 @@ class Adapters:
 
     LoRA (Hu et al. 2022) on q, k, v and o, and with `lora_mlp` on the MLP, too, freezes the base. REM (Section 3.2) stands
     before k and v; with `rem_is_lora` a second LoRA on k and v stands in for it (Table 3). `extra_rows` are embeddings
-    behind the vocabulary's last, with the ids V, V + 1, ...; frozen at the mean of the table, or trained. `projector`: a
+    behind the vocabulary's last, with the ids V, V + 1, ..., frozen or trained (`init_extra_rows`). `projector`: a
     module from a hidden state to the embedding it becomes (CODI).
     """
 
@@ -261,7 +261,7 @@ class Projector(nn.Module):
                                     nn.LayerNorm(n, device=device))  # fmt: skip
 
     def forward(self, x):  # [..., n] -> [..., n]
-        return self.layers(x.to(self.layers[0].weight.dtype)).to(x.dtype)
+        return self.layers(x.float()).to(x.dtype)
 
 
 def _uniform(rows, fan_in, device):  # the initialisation that LoRA's authors use for A
@@ -537,7 +537,10 @@ class Transformer(nn.Module):
                 if isinstance(module, Linear):
                     module.merge(rem.get(module))
         self.merged = pathway
-        return self.to(self.compute_dtype).requires_grad_(False)
+        projector, self.projector = self.projector, None  # is no part of the ordinary model, and stays in fp32
+        self.to(self.compute_dtype)
+        self.projector = projector
+        return self.requires_grad_(False)
 
     def training_flops(self, lengths, learned, silent=False):
         """Floating-point operations (two for a multiply-add) of a forward and a backward pass over rows of the given lengths

@@ -72,9 +72,9 @@ class Options(RunOptions):
 
 
 PRESETS = {
-    "llama-3.2-1b": dict(epochs=10, lr=8e-4),
-    "llama-3.2-3b": dict(epochs=10, lr=5e-4),
-    "qwen2.5-1.5b": dict(epochs=10, lr=5e-4),
+    "llama-3.2-1b": dict(epochs=10, lr=8e-4, epochs_per_stage=2.0),  # Coconut's stages must fit into the epochs
+    "llama-3.2-3b": dict(epochs=10, lr=5e-4, epochs_per_stage=2.0),
+    "qwen2.5-1.5b": dict(epochs=10, lr=5e-4, epochs_per_stage=2.0),
     "gpt2": dict(epochs=40, lr=2e-3),
     # The built-in task trains all weights of a tiny model from scratch: there is nothing pretrained to freeze.
     "demo": dict(model="demo", tokenizer="demo", data="demo", random_init=True, compare=("no-cot", "pause"), steps=1500,
@@ -188,9 +188,10 @@ def check_out(options):
     if not options.resume and not options.overwrite:
         raise ValueError(f"--out {out}: holds a run already; --resume continues it, --overwrite replaces it")
     theirs, ours = read_json(out / "config.json")["options"], json.loads(json.dumps(dataclasses.asdict(options)))
-    changed = [name for name in ours if name not in FREE_TO_CHANGE and ours[name] != theirs.get(name)]
+    theirs = json.loads(json.dumps(dataclasses.asdict(Options()))) | theirs  # what an older run does not name was so
+    changed = [name for name in ours if name not in FREE_TO_CHANGE and ours[name] != theirs[name]]
     if options.resume and changed:
-        listed = ", ".join(f"--{name} {theirs.get(name)!r} (now {ours[name]!r})" for name in changed)
+        listed = ", ".join(f"--{name} {theirs[name]!r} (now {ours[name]!r})" for name in changed)
         raise ValueError(f"--resume: the run in {out} was started with {listed}")
 
 
@@ -427,9 +428,11 @@ def prepare(options, device):
     rows = {name: [method.training_pathway(name, stage, 0.0).row(problem, method.tokenizer) for problem in train]
             for name in method.pathways}  # fmt: skip
     lengths = np.array([[len(row.ids) for row in some] for some in rows.values()]).T
-    longest = lengths.max() + max(pathway.thoughts for pathway in method.pathways.values()) * (stage is not None)
+    longest = lengths.max()
+    if thoughts := max(pathway.thoughts for pathway in method.pathways.values()):  # rows with them need room for padding
+        longest += thoughts * (stage is not None) + max(len(row.ids) - row.start for some in rows.values() for row in some if row.start)
     if longest > method.model.config.max_position_embeddings:
-        raise ValueError(f"--data {options.data}: a row of {longest} tokens, but the model has "
+        raise ValueError(f"--data {options.data}: a row needs {longest} positions, but the model has "
                          f"{method.model.config.max_position_embeddings} positions")  # fmt: skip
     asked = valid
     if options.compare:
@@ -458,7 +461,7 @@ def make_micro_batches(run, step, batch, rank, world, device):
     """This process's rows of a global batch, cut into forward passes: list of {pathway: Batch, 'rows': their number, 'tokens':
     useful ones, 'flops': {pathway: what they cost}}."""
     method, stage, mine = run.method, stage_of(run, step), batch[rank::world]
-    draws = np.random.default_rng((run.options.seed, step)).random(len(batch))[rank::world]
+    draws = np.random.default_rng((run.options.seed, step, 1)).random(len(batch))[rank::world]
     size, pad, micro_batches = run.options.micro_batch_size or len(mine), method.tokenizer.eos_id, []
     for start in range(0, len(mine), size):
         micro = {"rows": len(mine[start : start + size]), "tokens": 0, "flops": {}}

@@ -124,20 +124,20 @@ def test_layouts_of_coconut_and_codi():
     """Thoughts between two marks, nothing learned of them; stage k without the first k steps; in the end without any."""
     method = make("coconut", max_stage=2, thoughts_per_step=2)
     assert staged(method, PROBLEMS[0], 0, 0.9) == """\
-<bos> sam has 7 pens gets 5 packs of 4 ? <st> <st> <<   7    +    5    =    12   >>   <<   12
-.     .   .   . .    .    . .     .  . . .    .    1/16 1/16 1/16 1/16 1/16 1/16 1/16 1/16 1/16
+<bos> sam has 7 pens gets 5 packs of 4 ? <bot> <eot> <<   7    +    5    =    12   >>   <<   12
+.     .   .   . .    .    . .     .  . . .     .     1/16 1/16 1/16 1/16 1/16 1/16 1/16 1/16 1/16
 %    4    =    0    >>   Answer :    0   <eos>
 1/16 1/16 1/16 1/16 1/16 1/16   1/16 1/2 1/2"""
     assert staged(method, PROBLEMS[0], 1) == """\
-<bos> sam has 7 pens gets 5 packs of 4 ? <st> <thought> <thought> <st> <<  12  %   4   =   0   >>
-.     .   .   . .    .    . .     .  . . .    .         .         .    1/9 1/9 1/9 1/9 1/9 1/9 1/9
-Answer :   0   <eos>
-1/9    1/9 1/2 1/2"""
+<bos> sam has 7 pens gets 5 packs of 4 ? <bot> <thought> <thought> <eot> <<  12  %   4   =   0
+.     .   .   . .    .    . .     .  . . .     .         .         .     1/9 1/9 1/9 1/9 1/9 1/9
+>>  Answer :   0   <eos>
+1/9 1/9    1/9 1/2 1/2"""
     last = """\
-<bos> sam has 7 pens gets 5 packs of 4 ? <st> <thought> <thought> <thought> <thought> <st> Answer :
-.     .   .   . .    .    . .     .  . . .    .         .         .         .         .    .      .
-0   <eos>
-1/2 1/2"""
+<bos> sam has 7 pens gets 5 packs of 4 ? <bot> <thought> <thought> <thought> <thought> <eot> Answer
+.     .   .   . .    .    . .     .  . . .     .         .         .         .         .     .
+: 0   <eos>
+. 1/2 1/2"""
     assert staged(method, PROBLEMS[0], dart.ALL) == pictures(method, PROBLEMS[0])["coconut"] == last
     assert pictures(make("codi", n_thoughts=4), PROBLEMS[0]) == {"cot": pictures(make("dart"), PROBLEMS[0])["cot"], "codi": last}
     ids = method.pathways["coconut"].row(PROBLEMS[0], TOKENIZER).ids.tolist()
@@ -145,10 +145,10 @@ Answer :   0   <eos>
 
 
 def test_the_schedule_of_icot():
-    """Worked out: 100 steps an epoch, 8 tokens an epoch, so one more every 12 steps (100 / 8 = 12.5, rounded to even); beyond
-    39 all of them, that is from step 40 * 12 on."""
+    """Worked out: 100 steps an epoch, 8 tokens an epoch, so one more every 12 steps (100 / 8 = 12.5, rounded to even); where 39
+    would be gone all of them are, that is from step 39 * 12 on."""
     method = make("icot", removal_per_epoch=8.0, remove_all_beyond=39)
-    assert [method.stage(step, 100) for step in (0, 11, 12, 23, 24, 479, 480, 481)] == [0, 0, 1, 1, 2, 39, dart.ALL, dart.ALL]
+    assert [method.stage(step, 100) for step in (0, 11, 12, 23, 24, 467, 468, 469)] == [0, 0, 1, 1, 2, 38, dart.ALL, dart.ALL]
     assert make("icot", removal_per_epoch=8.0, remove_all_beyond=2).stage(3, 1) == dart.ALL  # a token a step, at the fastest
 
 
@@ -353,8 +353,7 @@ def test_thoughts_through_the_cache_equal_those_of_the_whole_prefix(family, proj
     start, end, thoughts = torch.tensor([4, 20, 11, 5]), torch.tensor([17, 30, 23, 12]), 3
     ids = torch.tensor([row + [1] * (30 - len(row)) for row in rows])
     at = torch.tensor([[7, 16], [22, 29], [15, 20], [8, 11]])  # from the last thought on
-    cache = dart.KVCache(model.config, 4, 60)
-    hidden, first, states = dart.think(model, ids, start, end, thoughts, cache, at=at)
+    hidden, first, states = dart.think(model, ids, start, end, thoughts, at=at)
     assert first.tolist() == [6, 22, 13, 7]
     fast = [hidden[b, : end[b] - first[b]] for b in range(4)]
     slow, slow_states = [], []
@@ -442,7 +441,20 @@ def test_every_method_on_every_family_in_bf16_with_lora(name, family):
         before = model.logits(model(ids, silent=pathway.silent)).float()
         after = model.merge(pathway.silent).logits(model(ids, silent=pathway.silent)).float()
     assert (after - before).square().mean().sqrt() < 0.05 * before.square().mean().sqrt()
+    assert not [key for key, _ in model.named_parameters() if key.endswith(("lora_a", "lora_b", "r1", "r2"))]
     assert len(dart.answer(model, TOKENIZER, pathway, [p.question for p in PROBLEMS], 5, 3)) == 4
+
+
+def test_the_projector_of_codi_by_hand():
+    torch.manual_seed(0)
+    model = Transformer(MODELS["demo"], Adapters(projector=True), torch.bfloat16)
+    first, _, second, norm = model.projector.layers
+    h = torch.randn(3, 64)
+    y = torch.nn.functional.gelu(h @ first.weight.T + first.bias) @ second.weight.T + second.bias
+    y = (y - y.mean(1, keepdim=True)) / (y.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt() * norm.weight + norm.bias
+    torch.testing.assert_close(model.projector(h), y)
+    model.merge()
+    torch.testing.assert_close(model.projector(h), y)  # stays in fp32
 
 
 def test_the_parameters_of_codi_are_the_papers():
@@ -486,7 +498,7 @@ def test_a_second_lora_in_the_place_of_rem():
     adapters = dart.DART.adapters(TOKENIZER, chosen)
     model, ids = Transformer(MODELS["demo"], adapters).eval(), torch.arange(20)[None]
     assert torch.equal(model(ids), model(ids, silent=True))
-    method = make("dart", rem_is_lora=True, lora_rank=3)
+    method = make("dart", rem_is_lora=True, lora_rank=3, rem_alpha=20.0, lora_dropout=0.5)
     model, plain = method.model.eval(), method.model(ids)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -495,8 +507,9 @@ def test_a_second_lora_in_the_place_of_rem():
     silent = model(ids, silent=True)
     assert torch.equal(model(ids), plain) and (silent - plain).abs().max() > 1e-3
     attention = model.layers[0].self_attn
+    assert attention.rem_k.dropout.p == 0.5
     x = torch.randn(5, 64)
-    by_hand = attention.k_proj(x) + 32.0 / 4 * x @ attention.rem_k.lora_a.T @ attention.rem_k.lora_b.T
+    by_hand = attention.k_proj(x) + 20.0 / 4 * x @ attention.rem_k.lora_a.T @ attention.rem_k.lora_b.T
     torch.testing.assert_close(attention.rem_k(x, attention.k_proj), by_hand)
     with torch.no_grad():
         torch.testing.assert_close(model.merge()(ids), silent, rtol=1e-4, atol=1e-4)

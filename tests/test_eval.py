@@ -5,9 +5,12 @@ import json
 import pytest
 import torch
 
+import dart
+import data
 import eval as evaluation
 import train
 from data import DEMO_WORDS
+from model import MODELS, Transformer
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +31,7 @@ def test_wilson_intervals(right, n, low, high):
 
 
 def test_figures_of_a_set():
-    records = [{"strict": i < 3, "tolerant": i < 4, "passes": 2 + i % 2} for i in range(10)]
+    records = [{"strict": i < 3, "tolerant": i < 4, "passes": 2 + i % 2, "tokens": 2} for i in range(10)]
     figures = evaluation.summary(records, [i / 1000 for i in range(1, 12)])
     assert (figures["n"], figures["strict"], figures["tolerant"], figures["passes"]) == (10, 0.3, 0.4, 2.5)
     assert (figures["ms"], figures["ms_p90"]) == (6.0, 10.0)
@@ -152,3 +155,16 @@ def test_bad_input_is_one_line_and_exit_code_2(a_run, tmp_path, capsys, argument
         evaluation.main([*arguments(a_run, tmp_path), "--latency", "0"])
     captured = capsys.readouterr()
     assert stop.value.code == 2 and message in captured.err and captured.err.count("\n") == 1
+
+
+def test_the_time_to_an_answer_has_its_thoughts_in_it(monkeypatch):
+    """A forward pass of the model for each thought and each token."""
+    options = dart.Options(method="codi", lora_rank=0, n_thoughts=5)
+    tokenizer = data.demo_tokenizer()
+    model = Transformer(MODELS["demo"], dart.CODI.adapters(tokenizer, options))
+    method, calls = dart.CODI(model, tokenizer, options).eval(), []
+    model.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    questions = [problem.question for problem in data.demo_problems(0)["test"][:3]]
+    evaluation.latency(model, tokenizer, method.pathways["codi"], questions, 4)
+    answers = dart.answer(model, tokenizer, method.pathways["codi"], questions, 4, batch_size=1)
+    assert len(calls) == 3 * sum(answer.passes for answer in answers)  # as a warm-up, timed, and here
