@@ -97,9 +97,14 @@ def suite(out, *more):
 def test_a_suite_trains_every_row_with_every_seed_and_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     three = {row: train.SUITES["table3"][row] for row in ("No-CoT", "w/ LoRA-REM", "w/ L_distill on [z_N; Y]")}
     monkeypatch.setitem(train.SUITES, "table3", three)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # stopped in the fourth run
-        patch.setattr(train, "learning_rate", lambda options, step, steps, old=train.learning_rate: (
-            exec("raise KeyboardInterrupt") if options.rem_is_lora and options.seed == 4 and step == 4 else old(options, step, steps)))
+
+    def interrupted(options, step, steps, original=train.learning_rate):
+        if options.rem_is_lora and options.seed == 4 and step == 4:  # in the fourth run
+            raise KeyboardInterrupt
+        return original(options, step, steps)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "learning_rate", interrupted)
         suite(tmp_path, "--seeds", "2", "--seed", "3")
     assert not (tmp_path / "table.md").exists() and capsys.readouterr().out.count("step 6/6") == 3
     suite(tmp_path, "--seeds", "2", "--seed", "3")
