@@ -470,5 +470,6 @@ def evaluate(model, tokenizer, pathway, problems, max_new_tokens=256, batch_size
         answered = pathway.read(text).strip()
         strict, tolerant = score(answered, problem.answer)
         records.append({"question": problem.question, "gold": problem.answer, "text": text, "answer": answered,
-                        "strict": strict, "tolerant": tolerant, "passes": passes, "tokens": passes - pathway.thoughts})  # fmt: skip
+                        "strict": strict, "tolerant": tolerant, "passes": passes,
+                        "tokens": passes - pathway.thoughts})  # fmt: skip
     return records

@@ -924,8 +924,9 @@ def one_line_errors():
 
 
 def main(argv=None):
-    parser = Parser(prog="data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("names", nargs="+", metavar="[stats] NAME", help=f"of {', '.join(DATASETS)}; stats: of 'demo' or a path, too")
+    parser = Parser("data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("names", nargs="+", metavar="[stats] NAME",
+                        help=f"of {', '.join(DATASETS)}; stats: of 'demo' or a path, too")  # fmt: skip
     parser.add_argument("--data_dir", default="datasets", help="where the data sets lie (default: 'datasets')")
     parser.add_argument("--tokenizer", help="stats: directory of a tokenizer, to count tokens with")
     with one_line_errors():

@@ -59,7 +59,8 @@ def check_options(options):
             raise ValueError(f"--{field.name} {value!r}: there are {', '.join(limits['choices'])}")
         low, high = limits.get("low", 0), limits.get("high", math.inf)
         if field.type in (int, float) and not (low <= value <= high and value < math.inf):
-            raise ValueError(f"--{field.name} {value}: not a number of at least {low}" + f" and at most {high}" * (high < math.inf))
+            most = f" and at most {high}" if high < math.inf else ""
+            raise ValueError(f"--{field.name} {value}: not a number of at least {low}{most}")
     return options
 
 
@@ -258,7 +259,8 @@ def suite_table(rows):
         n, right = sum(one["n"] for one in seeds), sum(one["strict"] * one["n"] for one in seeds)
         low, high = wilson(round(right), n)
         mean = {key: statistics.mean(one[key] for one in seeds) for key in
-                ("strict", "tolerant", "passes", "tokens", "ms", "ms_p90", "trained_parameters", "peak_memory", "seconds")}  # fmt: skip
+                ("strict", "tolerant", "passes", "tokens", "ms", "ms_p90", "trained_parameters", "peak_memory",
+                 "seconds")}  # fmt: skip
         flops = {name: statistics.mean(one["flops"][name] for one in seeds) for name in seeds[0]["flops"]}
         spread = statistics.stdev(accuracies) if len(seeds) > 1 else None
         figures.append({"row": row, **mean, "strict_sd": spread and spread / 100, "n": n, "strict_interval": (low, high),

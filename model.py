@@ -319,7 +319,8 @@ class KVCache:
 
     def __init__(self, config, rows, length, dtype=torch.float32, device=None):
         shape = (rows, length, config.num_key_value_heads, config.head_dim)
-        self.k, self.v = ([torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)] for _ in range(2))
+        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        self.v = [torch.zeros_like(k) for k in self.k]
 
     def update(self, layer, positions, k, v, end):
         """Writes k, v [B, g, T, e] at positions [B or 1, T]; returns those of 0..end-1 as [B, g, end, e]."""
@@ -547,7 +548,8 @@ class Transformer(nn.Module):
         [B], with logits for `learned` tokens: the matrix products, of frozen weights without their own gradient, and the
         attention between the pairs of tokens that see each other. Norms and the like are left out."""
         lengths, config = np.asarray(lengths, dtype=np.float64), self.config
-        total = 3 * 4 * (lengths * (lengths + 1) / 2).sum() * (config.num_attention_heads * config.head_dim) * config.num_hidden_layers
+        width = config.num_attention_heads * config.head_dim * config.num_hidden_layers
+        total = 3 * 4 * width * (lengths * (lengths + 1) / 2).sum()
         for name, p in self.layers.named_parameters():
             if p.dim() == 2 and (silent or ".rem_" not in name):
                 total += (3 if p.requires_grad else 2) * 2 * lengths.sum() * p.numel()

@@ -168,7 +168,8 @@ RUN_FILES = ("adapter.safetensors", "trainer.safetensors", "log.jsonl", "result.
              "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "added_tokens.json",
              "vocab.json", "merges.txt")  # fmt: skip
 TRAIN_SAMPLE = 500  # so many training problems are answered for the table of a comparison
-FREE_TO_CHANGE = ("out", "resume", "overwrite", "compare", "device", "data_dir", "suite", "seeds", "test_data")  # between a run and its resumption
+# Options that may differ between a run and its resumption.
+FREE_TO_CHANGE = ("out", "resume", "overwrite", "compare", "device", "data_dir", "suite", "seeds", "test_data")
 
 
 def check_out(options):
@@ -423,14 +424,16 @@ def prepare(options, device):
     steps = options.steps or options.epochs * per_epoch
     stage, last = method.stage(0, per_epoch), method.stage(steps - 1, per_epoch)
     if last not in (None, dart.ALL):
-        raise ValueError(f"--method {options.method}: after {steps} steps ({steps / per_epoch:.1f} epochs) a part of the CoT would "
-                         f"still be there (stage {last}): more steps, or a faster schedule")  # fmt: skip
+        raise ValueError(f"--method {options.method}: after {steps} steps ({steps / per_epoch:.1f} epochs) a part of the CoT "
+                         f"would still be there (stage {last}): more steps, or a faster schedule")  # fmt: skip
     rows = {name: [method.training_pathway(name, stage, 0.0).row(problem, method.tokenizer) for problem in train]
             for name in method.pathways}  # fmt: skip
     lengths = np.array([[len(row.ids) for row in some] for some in rows.values()]).T
     longest = lengths.max()
-    if thoughts := max(pathway.thoughts for pathway in method.pathways.values()):  # rows with them need room for padding
-        longest += thoughts * (stage is not None) + max(len(row.ids) - row.start for some in rows.values() for row in some if row.start)
+    if tails := [len(row.ids) - row.start for some in rows.values() for row in some if row.start]:  # rows with thoughts
+        longest += max(tails)  # padding may stand behind all rows (`dart.think`)
+        if stage is not None:
+            longest += max(pathway.thoughts for pathway in method.pathways.values())
     if longest > method.model.config.max_position_embeddings:
         raise ValueError(f"--data {options.data}: a row needs {longest} positions, but the model has "
                          f"{method.model.config.max_position_embeddings} positions")  # fmt: skip
@@ -466,11 +469,14 @@ def make_micro_batches(run, step, batch, rank, world, device):
     for start in range(0, len(mine), size):
         micro = {"rows": len(mine[start : start + size]), "tokens": 0, "flops": {}}
         for name, rows in run.rows.items():
-            chosen = zip(mine[start : start + size], draws[start : start + size], strict=True)
-            some = [rows[i] if stage is None else
-                    method.training_pathway(name, stage, draw).row(run.problems[i], method.tokenizer) for i, draw in chosen]  # fmt: skip
+            some = [rows[i] for i in mine[start : start + size]]
+            if stage is not None:
+                pathways = (method.training_pathway(name, stage, draw) for draw in draws[start : start + size])
+                some = [pathway.row(run.problems[i], method.tokenizer)
+                        for pathway, i in zip(pathways, mine[start : start + size], strict=True)]  # fmt: skip
             lengths, learned = [len(row.ids) for row in some], sum(len(row.ids) - row.z for row in some)
-            micro |= {name: data.collate(some, pad).to(device), "tokens": micro["tokens"] + sum(lengths)}
+            micro[name] = data.collate(some, pad).to(device)
+            micro["tokens"] += sum(lengths)
             micro["flops"][name] = method.model.training_flops(lengths, learned, method.pathways[name].silent)
         micro_batches.append(micro)
     return micro_batches
@@ -519,7 +525,8 @@ def train(run, rank, world, device):
                 save_checkpoint(out, method, optimizer, step, options.complete, meter.flops)
             if step % eval_every == 0 and not last:
                 evaluation(step)
-    result = {"method": options.method, "steps": run.steps, **meter.totals(), "flops": meter.flops, "valid": evaluation(run.steps),
+    result = {"method": options.method, "steps": run.steps, **meter.totals(), "flops": meter.flops,
+              "valid": evaluation(run.steps),
               "trained_parameters": sum(p.numel() for p in parameters)}  # fmt: skip
     if rank == 0:
         write_atomically(out / "result.json", json.dumps(result, indent=1) + "\n")
@@ -618,7 +625,8 @@ def conclude_suite(options, runs, device):
         rows = {row: ([one[name] | one[""] for one in some], *figures)
                 for (row, some), *figures in zip(seeds.items(), *paper, strict=True)}  # fmt: skip
         text, tables[name] = suite_table(rows)
-        texts.append(f"{options.suite}, {options.preset} on {name}, seeds {options.seed} to {options.seed + options.seeds - 1}\n\n{text}")
+        last = options.seed + options.seeds - 1
+        texts.append(f"{options.suite}, {options.preset} on {name}, seeds {options.seed} to {last}\n\n{text}")
     write_atomically(out / "table.md", "\n".join(texts))
     write_atomically(out / "table.json", json.dumps(tables, indent=1) + "\n")
     print("\n" + "\n".join(texts))
@@ -635,7 +643,8 @@ def draw_figure2(tables, path):
     right = left.twinx()
     for name, rows in tables.items():
         n_st = [int(row["row"].removeprefix("C = ")) for row in rows]
-        left.errorbar(n_st, [100 * row["strict"] for row in rows], [100 * (row["strict_sd"] or 0) for row in rows], label=name)
+        spread = [100 * (row["strict_sd"] or 0) for row in rows]
+        left.errorbar(n_st, [100 * row["strict"] for row in rows], spread, label=name)
         right.plot(n_st, [row["ms"] for row in rows], linestyle=":")
     left.set(xlabel="C, number of silent tokens", ylabel="accuracy (%)")
     right.set(ylabel="time to an answer (ms, dotted)", ylim=(0, None))
