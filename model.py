@@ -178,40 +178,50 @@ ADAPTED = ("lora_a", "lora_b", "r1", "r2")  # parameters that are not of the bas
 # ------------------------------------------------------------------------------------------------------------ layers
 
 
-class Linear(nn.Module):
-    """y = x W^T + b + (alpha/r) x A^T B^T. Weights are cast to x's dtype at use; LoRA's A and B are held in fp32.
+class LoRA(nn.Module):
+    """(alpha/r) x A^T B^T (Hu et al. 2022), to be added to a projection of x. A is [r, in], B [out, r] and 0 at the start;
+    held in fp32, cast to x's dtype at use."""
 
-    W is [out, in], or [in, out] where `conv1d` (GPT-2's orientation); A is [r, in], B [out, r] and 0 at the start.
+    def __init__(self, n_in, n_out, rank, alpha, dropout, device=None):
+        super().__init__()
+        self.scale, self.dropout = alpha / rank, nn.Dropout(dropout)
+        self.lora_a = nn.Parameter(_uniform(rank, n_in, device))
+        self.lora_b = nn.Parameter(torch.zeros(n_out, rank, device=device))
+
+    def forward(self, x):  # [..., in] -> [..., out]
+        return self.scale * F.linear(F.linear(self.dropout(x), self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))
+
+    def merged(self, weight):  # [out, in] -> [out, in]
+        return weight + self.scale * self.lora_b @ self.lora_a
+
+
+class Linear(nn.Module):
+    """y = x W^T + b, and LoRA where there is. Weights are cast to x's dtype at use.
+
+    W is [out, in], or [in, out] where `conv1d` (GPT-2's orientation).
     """
 
     def __init__(self, n_in, n_out, bias=False, conv1d=False, lora=Adapters(), dtype=None, device=None):
         super().__init__()
-        self.n_in, self.n_out, self.conv1d, self.rank = n_in, n_out, conv1d, lora.lora_rank
+        self.n_in, self.n_out, self.conv1d = n_in, n_out, conv1d
         shape = (n_in, n_out) if conv1d else (n_out, n_in)
         self.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
         self.bias = nn.Parameter(torch.zeros(n_out, dtype=dtype, device=device)) if bias else None
-        if self.rank:
-            self.scale = lora.lora_alpha / self.rank
-            self.dropout = nn.Dropout(lora.lora_dropout)
-            self.lora_a = nn.Parameter(_uniform(self.rank, n_in, device))
-            self.lora_b = nn.Parameter(torch.zeros(n_out, self.rank, device=device))
+        self.lora = None
+        if lora.lora_rank:
+            self.lora = LoRA(n_in, n_out, lora.lora_rank, lora.lora_alpha, lora.lora_dropout, device)
 
     def forward(self, x):  # [..., in] -> [..., out]
         weight = self.weight.to(x.dtype)
         y = F.linear(x, weight.T if self.conv1d else weight, None if self.bias is None else self.bias.to(x.dtype))
-        if self.rank:
-            y = y + self.scale * F.linear(F.linear(self.dropout(x), self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))
-        return y
+        return y if self.lora is None else y + self.lora(x)
 
     def merge(self, rem=None):
         """W' = W + (alpha/r) B A, and with REM that times W_R, computed in fp32; the bias stays. LoRA is gone after it."""
         weight = self.weight.T.float() if self.conv1d else self.weight.float()  # [out, in]
-        if self.rank:
-            weight = weight + self.scale * self.lora_b @ self.lora_a
-            del self.lora_a, self.lora_b
-            self.rank = 0
-        if rem is not None:
-            weight = rem.merged(weight)
+        for module in (self.lora, rem):
+            weight = weight if module is None else module.merged(weight)
+        self.lora = None
         self.weight.copy_(weight.T if self.conv1d else weight)
 
 
@@ -236,20 +246,14 @@ class REM(nn.Module):
         return weight + self.scale * (weight @ self.r2) @ self.r1.T
 
 
-class SecondLoRA(nn.Module):
+class SecondLoRA(LoRA):
     """What stands in for REM in Table 3: another LoRA on a projection, in the ST pathway only."""
 
     def __init__(self, linear, adapters, device=None):
-        super().__init__()
-        self.scale, self.dropout = adapters.rem_alpha / adapters.rem_rank, nn.Dropout(adapters.lora_dropout)
-        self.lora_a = nn.Parameter(_uniform(adapters.rem_rank, linear.n_in, device))
-        self.lora_b = nn.Parameter(torch.zeros(linear.n_out, adapters.rem_rank, device=device))
+        super().__init__(linear.n_in, linear.n_out, adapters.rem_rank, adapters.rem_alpha, adapters.lora_dropout, device)
 
     def forward(self, x, linear):  # [..., n] -> [..., out]
-        return linear(x) + self.scale * F.linear(F.linear(self.dropout(x), self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))
-
-    def merged(self, weight):  # [out, n] -> [out, n]
-        return weight + self.scale * self.lora_b @ self.lora_a
+        return linear(x) + super().forward(x)
 
 
 class Projector(nn.Module):

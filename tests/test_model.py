@@ -248,7 +248,7 @@ def test_adapters_stay_in_fp32_and_small_updates_are_not_lost():
     model = Transformer.from_pretrained(FIXTURES / "llama", ADAPTERS, dtype=torch.bfloat16)
     for name, p in model.named_parameters():
         assert p.dtype == (torch.float32 if name.endswith(("lora_a", "lora_b", "r1", "r2")) else torch.bfloat16), name
-    a = model.layers[0].self_attn.q_proj.lora_a
+    a = model.layers[0].self_attn.q_proj.lora.lora_a
     before = a.detach().clone()
     with torch.no_grad():
         a += 1e-5
