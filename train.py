@@ -79,9 +79,14 @@ PRESETS = {
     # The built-in task trains all weights of a tiny model from scratch: there is nothing pretrained to freeze.
     "demo": dict(model="demo", tokenizer="demo", data="demo", random_init=True, compare=("no-cot", "pause"), steps=1500,
                  batch_size=64, lr=3e-3, weight_decay=1.0, beta2=0.98, grad_clip=1.0, dtype="fp32", lora_rank=0,
-                 rem_rank=32, n_st=4, n_thoughts=4, max_stage=2, epochs_per_stage=6.0, removal_per_epoch=0.5,
+                 rem_rank=32, n_st=4, n_thoughts=4, max_stage=2, epochs_per_stage=6.0, removal_per_epoch=0.3,
                  remove_all_beyond=14, distill_weight=5.0, eval_every=500, max_new_tokens=24, save_every=500, log_every=50),
 }  # fmt: skip
+METHOD_PRESETS = {  # what a method has of its own in a recipe
+    ("gpt2", "codi"): dict(lr=3e-3, distill_weight=1.0),
+    ("demo", "codi"): dict(distill_weight=20.0),
+    ("demo", "coconut"): dict(lr=1e-3),
+}
 
 
 SUITES = {  # table of the paper -> row -> the options that make it
@@ -108,15 +113,18 @@ PAPER = {  # (table, preset, data set) -> the paper's accuracies in % and times 
 }
 
 
-def read_options(argv):
-    """Options from the command line; ValueError for what is unknown or contradictory."""
+def read_options(argv, method=None):
+    """Options from the command line, for `method` where it is given; ValueError for what is unknown or contradictory."""
     argv = sys.argv[1:] if argv is None else argv
     first = Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default="demo")
-    preset = first.parse_known_args(argv)[0].preset
+    first.add_argument("--method", default="dart")
+    preset, asked = vars(first.parse_known_args(argv)[0]).values()
     if preset not in PRESETS:
         raise ValueError(f"--preset {preset}: there are {', '.join(PRESETS)}")
-    options = parse_options(Options, argv, __doc__, {"preset": preset, **PRESETS[preset]})
+    recipe = PRESETS[preset] | METHOD_PRESETS.get((preset, method or asked), {})
+    options = parse_options(Options, argv, __doc__, {"preset": preset, **recipe})
+    options.method = method or options.method
     if "--epochs" in argv and "--steps" not in argv:
         options.steps = 0
     options.out = options.out or f"out/{preset}" + f"-{options.suite}" * bool(options.suite)
@@ -593,12 +601,15 @@ def conclude(options, runs, result, device):
     print(f"\n{text}\nThe run is in {out}, this table in {out / 'table.md'}; python eval.py --ckpt {out} evaluates it again.")
 
 
-def suite_runs(options):
+def suite_runs(options, argv):
     """{row: its runs, one a seed} of a table of the paper. Each has a folder, and goes on where it was stopped."""
-    return {row: [dataclasses.replace(options, **{"method": "dart", **changes}, suite="", compare=(), resume=True, seed=seed,
-                                      out=str(Path(options.out) / re.sub(r"\W+", "-", row).strip("-") / str(seed)))
-                  for seed in range(options.seed, options.seed + options.seeds)]
-            for row, changes in SUITES[options.suite].items()}  # fmt: skip
+    runs = {}
+    for row, changes in SUITES[options.suite].items():
+        one, folder = read_options(argv, changes.get("method", "dart")), re.sub(r"\W+", "-", row).strip("-")
+        runs[row] = [dataclasses.replace(one, **changes, suite="", compare=(), resume=True, seed=seed,
+                                         out=str(Path(options.out) / folder / str(seed)))
+                     for seed in range(options.seed, options.seed + options.seeds)]  # fmt: skip
+    return runs
 
 
 def tested(one, names, device):
@@ -676,9 +687,10 @@ def main(argv=None):
     with one_line_errors():
         options = read_options(argv)
         rank, world, device = start_processes(options)
-        suite = suite_runs(options) if options.suite else {}
+        suite = suite_runs(options, argv) if options.suite else {}
         runs = [one for seeds in suite.values() for one in seeds] or [
-            dataclasses.replace(options, method=name, out=str(Path(options.out) / name), compare=()) for name in options.compare
+            dataclasses.replace(read_options(argv, name), out=str(Path(options.out) / name), compare=())
+            for name in options.compare
         ] + [options]
         for one in runs:
             check_out(one)

@@ -157,10 +157,17 @@ def test_the_papers_figures_stand_beside_ours_where_there_are_some():
 
 def test_every_row_of_every_suite_is_a_run(tmp_path):
     for name, rows in train.SUITES.items():
-        options = train.read_options(["--suite", name, "--seeds", "2", "--out", str(tmp_path)])
-        runs = train.suite_runs(options)
+        argv = ["--suite", name, "--seeds", "2", "--out", str(tmp_path)]
+        runs = train.suite_runs(train.read_options(argv), argv)
         outs = [one.out for some in runs.values() for one in some]
         assert runs.keys() == rows.keys() and len(set(outs)) == 2 * len(rows) and all(Path(out).parent.parent == tmp_path for out in outs)
+
+
+def test_a_recipe_may_have_values_of_a_methods_own():
+    for argv, own in ([], 20.0), (["--distill_weight", "3"], 3.0):
+        rows = train.suite_runs(train.read_options(["--suite", "table1", *argv]), ["--suite", "table1", *argv])
+        assert rows["CODI"][0].distill_weight == train.read_options(["--method", "codi", *argv]).distill_weight == own
+        assert rows["DART"][0].distill_weight == train.read_options(argv).distill_weight == (5.0 if own == 20.0 else 3.0)
 
 
 def test_lora_and_rem_from_a_hugging_face_directory(tmp_path, adapters_run):
