@@ -79,13 +79,14 @@ PRESETS = {
     # The built-in task trains all weights of a tiny model from scratch: there is nothing pretrained to freeze.
     "demo": dict(model="demo", tokenizer="demo", data="demo", random_init=True, compare=("no-cot", "pause"), steps=1500,
                  batch_size=64, lr=3e-3, weight_decay=1.0, beta2=0.98, grad_clip=1.0, dtype="fp32", lora_rank=0,
-                 rem_rank=32, n_st=4, n_thoughts=4, max_stage=2, epochs_per_stage=6.0, removal_per_epoch=0.3,
+                 rem_rank=32, n_st=4, n_thoughts=4, max_stage=2, epochs_per_stage=12.0, removal_per_epoch=0.3,
                  remove_all_beyond=14, distill_weight=5.0, eval_every=500, max_new_tokens=24, save_every=500, log_every=50),
 }  # fmt: skip
 METHOD_PRESETS = {  # what a method has of its own in a recipe
     ("gpt2", "codi"): dict(lr=3e-3, distill_weight=1.0),
     ("demo", "codi"): dict(distill_weight=20.0),
     ("demo", "coconut"): dict(lr=1e-3),
+    ("demo", "icot"): dict(lr=2e-3),
 }
 
 
