@@ -54,7 +54,7 @@ class Options:
     attach_teacher: bool = option(False, "let the distillation loss train the CoT pathway, too (dart, codi)")
     lora_rank: int = option(128, "LoRA rank on q, k, v, o (codi: in the MLP, too); 0: no LoRA, all weights are trained")
     lora_alpha: float = option(32.0, "LoRA is scaled by lora_alpha / lora_rank")
-    lora_dropout: float = option(0.1, "dropout on LoRA's input", high=1)
+    lora_dropout: float = option(0.1, "dropout on LoRA's input", high=0.99)
     rem_rank: int = option(128, "rank d of REM (dart); 0: no REM")
     rem_alpha: float = option(32.0, "REM is scaled by rem_alpha / rem_rank")
     rem_is_lora: bool = option(False, "a second LoRA on k and v, in the ST pathway only, in place of REM (dart)")
@@ -148,14 +148,52 @@ def think(model, ids, start, end, thoughts, cache=None, at=None):
 # ------------------------------------------------------------------------------------------------------------ losses
 
 
-def cross_entropy(model, hidden, batch, first=None):
+LOGITS = 2**25  # so many are held at a time in training
+
+
+def cross_entropy(model, hidden, batch, first=0):
     """Equations (1) and (2): per row, the mean over Z, where it is learned, plus the mean over Y; then the mean over the
-    rows. hidden [B, T, n] (from the index first [B] on, where it is given) -> scalar. Logits are computed for the K learned
-    tokens only."""
-    col = batch.col - 1 if first is None else batch.col - 1 - first[batch.row]
-    logits = model.logits(hidden[batch.row, col]).float()  # [K, V]
-    nll = F.cross_entropy(logits, batch.ids[batch.row, batch.col], reduction="none")  # [K]
-    return (nll * batch.weight).sum() / len(batch.ids)
+    rows. hidden [B, T, n], from the index `first` (or [B]) on -> scalar. Logits are computed for the K learned tokens only."""
+    first = first if isinstance(first, int) else first[batch.row]
+    hidden = hidden[batch.row, batch.col - 1 - first]
+    target, weight = batch.ids[batch.row, batch.col], batch.weight / len(batch.ids)
+    if model.plain:
+        return (F.cross_entropy(model.logits(hidden).float(), target, reduction="none") * weight).sum()
+    return ChunkedCrossEntropy.apply(hidden, model.head, target, weight, max(1, LOGITS // len(model.head)))
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """sum_k weight_k CE(head hidden_k, target_k), some rows at a time: their gradient is computed beside their loss, so that no
+    more than a chunk of the logits [K, V] is ever there, once.
+
+    hidden [K, n], head [V, n], target [K], weight [K], chunk: a number of rows -> scalar
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, head, target, weight, chunk):
+        train_hidden, train_head = ctx.needs_input_grad[:2]
+        cast, loss = head.to(hidden.dtype), torch.zeros((), device=hidden.device)
+        d_hidden = torch.empty_like(hidden) if train_hidden else None
+        d_head = torch.zeros_like(head) if train_head else None
+        for rows in (slice(start, start + chunk) for start in range(0, len(hidden), chunk)):
+            logits = F.linear(hidden[rows], cast).float()
+            log_z = logits.logsumexp(1, keepdim=True)
+            at = target[rows, None]
+            loss += ((log_z - logits.gather(1, at))[:, 0] * weight[rows]).sum()
+            d_logits = logits.sub_(log_z).exp_()  # softmax - onehot, times the weight
+            d_logits.scatter_add_(1, at, torch.full_like(at, -1, dtype=d_logits.dtype)).mul_(weight[rows, None])
+            d_logits = d_logits.to(hidden.dtype)
+            if train_hidden:
+                d_hidden[rows] = d_logits @ cast
+            if train_head:
+                d_head += (d_logits.T @ hidden[rows]).to(head.dtype)
+        ctx.save_for_backward(d_hidden, d_head)
+        return loss
+
+    @staticmethod
+    def backward(ctx, d_loss):
+        d_hidden, d_head = (None if part is None else part * d_loss.to(part.dtype) for part in ctx.saved_tensors)
+        return d_hidden, d_head, None, None, None
 
 
 def global_std(states):
@@ -248,11 +286,12 @@ class Method(nn.Module):
     def forward(self, name, batch, teacher=None, sigma=None):
         """One pass through the pathway `name`: (losses, states that are compared [L, K, n]). A loss is a mean over the B rows;
         the cross-entropy goes by the pathway's name, and 'distill' is there where there is a teacher."""
-        (at, mask, weight), first = self.compared(batch), None
+        at, mask, weight = self.compared(batch)
         if batch.thoughts:
             hidden, first, states = think(self.model, batch.ids, batch.start, batch.end, batch.thoughts, at=at)
         else:
-            hidden, states = self.model(batch.ids, self.pathways[name].silent, at=at)
+            first = 0 if self.model.plain else batch.tail
+            hidden, states = self.model(batch.ids, self.pathways[name].silent, at=at, tail=first)
         states = states if mask is None else states[:, mask]
         losses = {name: cross_entropy(self.model, hidden, batch, first)}
         if teacher is not None:
@@ -429,7 +468,8 @@ def generate(model, prompts, silent, eos_id, max_new_tokens, starts=None, though
     if thoughts:
         hidden, first, _ = think(model, ids, torch.tensor(starts, device=device), length, thoughts, cache)
     else:
-        hidden, first = model(ids, silent=silent, cache=cache), 0
+        first = min(map(len, prompts)) - 1
+        hidden = model(ids, silent=silent, cache=cache, tail=first)
     hidden = hidden[torch.arange(B, device=device), length - 1 - first]  # [B, n]
     written, done = [], torch.zeros(B, dtype=torch.bool, device=device)
     for position in range(max_new_tokens):

@@ -694,7 +694,8 @@ class Batch:
     """Rows padded on the right to T tokens, and the K tokens that are learned.
 
     ids [B, T]; row, col, weight [K]: token ids[row, col] counts with `weight`; at [B]: the index of z_N; end [B]: the rows'
-    lengths; start [B]: the index of the first of the `thoughts`, of which every row has as many.
+    lengths; start [B]: the index of the first of the `thoughts`, of which every row has as many. tail: the first index
+    whose hidden state says anything of a learned token.
     """
 
     ids: torch.Tensor
@@ -704,6 +705,7 @@ class Batch:
     at: torch.Tensor
     end: torch.Tensor
     start: torch.Tensor
+    tail: int
     thoughts: int = 0
 
     def to(self, device):
@@ -723,7 +725,8 @@ def collate(rows, pad_id):
     row, col = weight.nonzero()
     at, end, start = np.array([(row.y - 1, len(row.ids), row.start) for row in rows]).T
     arrays = ids, row, col, weight[row, col], at, end, start
-    return Batch(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays), rows[0].thoughts)
+    tail = min(row.z for row in rows) - 1
+    return Batch(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays), tail, rows[0].thoughts)
 
 
 WINDOW, GROUP = 256, 16  # in global batches: rows are sorted by length within a window, and again within a group

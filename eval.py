@@ -189,7 +189,7 @@ def pick_device(name):
 
 def merged(method, name):
     """A copy of the method's model with LoRA and REM folded into the weights, for the pathway `name`."""
-    return copy.deepcopy(method.model).merge(silent=method.pathways[name].silent)
+    return copy.deepcopy(method.model).merge(silent=method.pathways[name].silent).fuse()
 
 
 def latency(model, tokenizer, pathway, questions, max_new_tokens):

@@ -12,6 +12,7 @@ tensors; modules go by Llama's names there, GPT-2's, too, whose fused c_attn is 
 import json
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 # ---------------------------------------------------------------------------------------------------- configuration
 
@@ -179,17 +181,21 @@ ADAPTED = ("lora_a", "lora_b", "r1", "r2")  # parameters that are not of the bas
 
 
 class LoRA(nn.Module):
-    """(alpha/r) x A^T B^T (Hu et al. 2022), to be added to a projection of x. A is [r, in], B [out, r] and 0 at the start;
+    """y + (alpha/r) x A^T B^T (Hu et al. 2022), where y is a projection of x. A is [r, in], B [out, r] and 0 at the start;
     held in fp32, cast to x's dtype at use."""
+
+    plain = False
 
     def __init__(self, n_in, n_out, rank, alpha, dropout, device=None):
         super().__init__()
-        self.scale, self.dropout = alpha / rank, nn.Dropout(dropout)
+        self.scale, self.dropout = alpha / rank, dropout
         self.lora_a = nn.Parameter(_uniform(rank, n_in, device))
         self.lora_b = nn.Parameter(torch.zeros(n_out, rank, device=device))
 
-    def forward(self, x):  # [..., in] -> [..., out]
-        return self.scale * F.linear(F.linear(self.dropout(x), self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))
+    def forward(self, x, y):  # [..., in], [..., out] -> [..., out]
+        if self.training and self.dropout:
+            x = (F.dropout if self.plain else dropout)(x, self.dropout)
+        return _add_product(y, F.linear(x, self.lora_a.to(x.dtype)), self.scale * self.lora_b.T)
 
     def merged(self, weight):  # [out, in] -> [out, in]
         return weight + self.scale * self.lora_b @ self.lora_a
@@ -211,18 +217,31 @@ class Linear(nn.Module):
         if lora.lora_rank:
             self.lora = LoRA(n_in, n_out, lora.lora_rank, lora.lora_alpha, lora.lora_dropout, device)
 
+    @property
+    def matrix(self):  # [out, in]
+        return self.weight.T if self.conv1d else self.weight
+
     def forward(self, x):  # [..., in] -> [..., out]
-        weight = self.weight.to(x.dtype)
-        y = F.linear(x, weight.T if self.conv1d else weight, None if self.bias is None else self.bias.to(x.dtype))
-        return y if self.lora is None else y + self.lora(x)
+        y = F.linear(x, self.matrix.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return y if self.lora is None else self.lora(x, y)
 
     def merge(self, rem=None):
         """W' = W + (alpha/r) B A, and with REM that times W_R, computed in fp32; the bias stays. LoRA is gone after it."""
-        weight = self.weight.T.float() if self.conv1d else self.weight.float()  # [out, in]
+        weight = self.matrix.float()
         for module in (self.lora, rem):
             weight = weight if module is None else module.merged(weight)
         self.lora = None
         self.weight.copy_(weight.T if self.conv1d else weight)
+
+    @classmethod
+    def fused(cls, *parts):
+        """The merged projections of one input as a single one: their outputs, one after the other."""
+        one, outputs = parts[0], sum(part.n_out for part in parts)
+        whole = cls(one.n_in, outputs, one.bias is not None, dtype=one.weight.dtype, device="meta")
+        whole.weight = nn.Parameter(torch.cat([part.matrix for part in parts]), requires_grad=False)
+        if one.bias is not None:
+            whole.bias = nn.Parameter(torch.cat([part.bias for part in parts]), requires_grad=False)
+        return whole
 
 
 class REM(nn.Module):
@@ -240,7 +259,7 @@ class REM(nn.Module):
         self.r2 = nn.Parameter(torch.zeros(n, d, device=device))
 
     def forward(self, x, linear):  # [..., n] -> [..., out]
-        return linear(x + self.scale * (x @ self.r1.to(x.dtype)) @ self.r2.to(x.dtype).T)
+        return linear(_add_product(x, x @ self.r1.to(x.dtype), self.scale * self.r2.T))
 
     def merged(self, weight):  # [out, n] -> [out, n]
         return weight + self.scale * (weight @ self.r2) @ self.r1.T
@@ -253,7 +272,7 @@ class SecondLoRA(LoRA):
         super().__init__(linear.n_in, linear.n_out, adapters.rem_rank, adapters.rem_alpha, adapters.lora_dropout, device)
 
     def forward(self, x, linear):  # [..., n] -> [..., out]
-        return linear(x) + super().forward(x)
+        return super().forward(x, linear(x))
 
 
 class Projector(nn.Module):
@@ -266,6 +285,35 @@ class Projector(nn.Module):
 
     def forward(self, x):  # [..., n] -> [..., n]
         return self.layers(x.float()).to(x.dtype)
+
+
+def project(x, parts, rems, plain=False):  # [..., in] -> one [..., out] for each part
+    """The projections of one input, some through a REM (else None).
+
+    Trained weights are one product, with REM folded into them before, which is less work than for each token. Not where it is
+    to be `plain`, nor where a dropout stands in between.
+    """
+    trained = torch.is_grad_enabled() and all(part.lora is None and part.weight.requires_grad for part in parts)
+    if plain or not trained or any(isinstance(rem, SecondLoRA) for rem in rems):
+        return [part(x) if rem is None else rem(x, part) for part, rem in zip(parts, rems, strict=True)]
+    weights = [part.matrix if rem is None else rem.merged(part.matrix) for part, rem in zip(parts, rems, strict=True)]
+    bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts]).to(x.dtype)
+    return F.linear(x, torch.cat(weights).to(x.dtype), bias).split([part.n_out for part in parts], dim=-1)
+
+
+def _add_product(y, a, b):
+    """y [..., out] + a [..., k] b [k, out], in one operation."""
+    return torch.addmm(y.flatten(0, -2), a.flatten(0, -2), b.to(y.dtype)).view_as(y)
+
+
+def dropout(x, p):
+    """F.dropout. On a CPU, where drawing the numbers one by one takes longer than all else in LoRA, four come of 64 random
+    bits, and p is rounded to a multiple of 2^-16."""
+    if x.device.type != "cpu":
+        return F.dropout(x, p)
+    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+    keep = bits[: x.numel()].view(x.shape) >= round(p * 2**16) - 2**15
+    return x * (keep * (1 / (1 - p))).to(x.dtype)
 
 
 def _uniform(rows, fan_in, device):  # the initialisation that LoRA's authors use for A
@@ -303,14 +351,21 @@ def rope_frequencies(config):
     return keep * frequencies + (1 - keep) * frequencies / factor
 
 
+def rope_table(positions, frequencies):  # [B, T], [e/2] -> two of [B, 1, T, e]
+    """(cos, cos) and (-sin, sin) of the angles at these positions."""
+    angles = positions[:, None, :, None] * frequencies
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+
 def rotate(x, rope):
     """Turns the pairs (x_i, x_{i + e/2}) by their position's angles: the split-half order of Hugging Face checkpoints.
 
-    x [B, heads, T, e], rope (cos, sin) each [B or 1, 1, T, e/2] -> [B, heads, T, e], computed in fp32.
+    x [B, heads, T, e], rope: the `rope_table` of its positions -> [B, heads, T, e], computed in fp32.
     """
     cos, sin = rope
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    wide = x.float()
+    return torch.addcmul(wide * cos, wide.roll(x.shape[-1] // 2, dims=-1), sin).to(x.dtype)
 
 
 class KVCache:
@@ -327,16 +382,24 @@ class KVCache:
         self.v = [torch.zeros_like(k) for k in self.k]
 
     def update(self, layer, positions, k, v, end):
-        """Writes k, v [B, g, T, e] at positions [B or 1, T]; returns those of 0..end-1 as [B, g, end, e]."""
-        where = torch.arange(len(k), device=k.device)[:, None], positions
-        for kept, new in ((self.k, k), (self.v, v)):
-            write = torch.index_put if torch.is_grad_enabled() else torch.index_put_
-            kept[layer] = write(kept[layer], where, new.transpose(1, 2))
-        return self.k[layer][:, :end].transpose(1, 2), self.v[layer][:, :end].transpose(1, 2)
+        """Writes k, v [B, g, T, e] at positions [B, T] (None: 0..T-1) and returns all of 0..end-1 as [B, g, end, e]."""
+        rows, whole = torch.arange(len(k), device=k.device)[:, None], []
+        for kept, new in ((self.k, k.transpose(1, 2)), (self.v, v.transpose(1, 2))):
+            if positions is not None:
+                write = torch.index_put if torch.is_grad_enabled() else torch.index_put_
+                kept[layer] = write(kept[layer], (rows, positions), new)
+            elif torch.is_grad_enabled():
+                kept[layer] = torch.cat((new, kept[layer][:, end:]), dim=1)
+            else:
+                kept[layer][:, :end] = new
+            whole.append(kept[layer][:, :end].transpose(1, 2))
+        return whole
 
 
 class Attention(nn.Module):
     """Causal self-attention with grouped keys and values, LoRA on all four projections and REM before k and v."""
+
+    plain = False
 
     def __init__(self, config, adapters, index, dtype=None, device=None):
         super().__init__()
@@ -351,43 +414,50 @@ class Attention(nn.Module):
         self.v_proj = Linear(n, n_kv, bias, **kind)
         self.o_proj = Linear(n_q, n, gpt2, **kind)
         self.rem_k = self.rem_v = None
+        self.qkv_proj, self.sizes = None, (n_q, n_kv, n_kv)  # after fuse(): in the place of q_proj, k_proj, v_proj
         if adapters.rem_rank:
             kind = SecondLoRA if adapters.rem_is_lora else REM
             self.rem_k, self.rem_v = kind(self.k_proj, adapters, device), kind(self.v_proj, adapters, device)
 
-    def forward(self, x, silent, rope, cache, positions, end):  # [B, T, n] -> [B, T, n]
+    def forward(self, x, silent, rope, cache, positions, end, mask, tail):  # [B, T, n] -> [B, T - tail, n]
         B, T, _ = x.shape
-        silent = silent and self.rem_k is not None
-        q = self.q_proj(x)
-        k = self.rem_k(x, self.k_proj) if silent else self.k_proj(x)
-        v = self.rem_v(x, self.v_proj) if silent else self.v_proj(x)
+        if self.qkv_proj is not None:
+            q, k, v = self.qkv_proj(x).split(self.sizes, dim=2)
+        else:
+            rems = (None, self.rem_k, self.rem_v) if silent else (None, None, None)
+            q, k, v = project(x, (self.q_proj, self.k_proj, self.v_proj), rems, self.plain)
         q, k, v = (t.view(B, T, -1, self.head_dim).transpose(1, 2) for t in (q, k, v))  # [B, heads, T, e]
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
-        mask = None
         if cache is not None:
             k, v = cache.update(self.index, positions, k, v, end)  # [B, g, end, e]
-            if end > T:
-                mask = torch.arange(end, device=x.device) <= positions[:, None, :, None]  # [B or 1, 1, T, end]
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+        y = F.scaled_dot_product_attention(q[:, :, tail:], k, v, mask, is_causal=mask is None,
+                                           enable_gqa=q.shape[1] != k.shape[1])  # fmt: skip
+        return self.o_proj(y.transpose(1, 2).reshape(B, T - tail, -1))
 
 
 class MLP(nn.Module):
     """down(silu(gate(x)) * up(x)), or down(gelu(up(x))) in GPT-2, whose GELU is the tanh approximation."""
 
+    plain = False
+
     def __init__(self, config, adapters, dtype=None, device=None):
         super().__init__()
         n, m, gpt2 = config.hidden_size, config.intermediate_size, config.model_type == "gpt2"
         kind = dict(bias=gpt2, conv1d=gpt2, lora=adapters if adapters.lora_mlp else Adapters(), dtype=dtype, device=device)
+        self.gate_up_proj = None  # after fuse(): in the place of gate_proj, up_proj
         self.gate_proj = None if gpt2 else Linear(n, m, **kind)
         self.up_proj = Linear(n, m, **kind)
         self.down_proj = Linear(m, n, **kind)
 
     def forward(self, x):  # [..., n] -> [..., n]
-        if self.gate_proj is None:
+        if self.gate_up_proj is not None:
+            gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        elif self.gate_proj is None:
             return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        else:
+            gate, up = project(x, (self.gate_proj, self.up_proj), (None, None), self.plain)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -400,8 +470,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = Norm(config, dtype, device)
         self.mlp = MLP(config, adapters, dtype, device)
 
-    def forward(self, x, *attention):  # [B, T, n] -> [B, T, n]
-        x = x + self.self_attn(self.input_layernorm(x), *attention)
+    def forward(self, x, silent, rope, cache, positions, end, mask, tail):  # [B, T, n] -> [B, T - tail, n]
+        x = x[:, tail:] + self.self_attn(self.input_layernorm(x), silent, rope, cache, positions, end, mask, tail)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -421,6 +491,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.config, self.adapters, self.compute_dtype = config, adapters, compute_dtype or dtype
         self.merged = None  # after merge(): 'silent' or 'plain', the pathway that the weights now are
+        self.plain, self.compiled = False, None  # see be_plain(), compile()
+        self.activation_checkpointing = False  # keep a layer's input alone for the backward pass (not with a cache)
         kind = dict(dtype=dtype, device=device)
         V, n, gpt2 = config.vocab_size, config.hidden_size, config.model_type == "gpt2"
         self.embed_tokens = nn.Parameter(torch.empty(V, n, **kind))
@@ -478,6 +550,10 @@ class Transformer(nn.Module):
             if len(self.extra_rows) > 1:
                 self.extra_rows.add_(table.std(0) * torch.randn_like(self.extra_rows))
 
+    def compile(self, **how):
+        """torch.compile of each layer: one graph serves all layers and lengths. With a cache they stay as they are."""
+        self.compiled = [torch.compile(layer, dynamic=True, **how) for layer in self.layers]
+
     def embed(self, ids):  # [B, T] -> [B, T, n]
         if self.extra_rows is None:
             return F.embedding(ids, self.embed_tokens)
@@ -485,44 +561,52 @@ class Transformer(nn.Module):
         extra = F.embedding((ids - V).clamp(min=0), self.extra_rows).to(self.embed_tokens.dtype)
         return torch.where((ids >= V)[..., None], extra, F.embedding(ids.clamp(max=V - 1), self.embed_tokens))
 
-    def forward(self, ids, silent=False, positions=None, cache=None, at=None):
-        """ids [B, T], or the embeddings themselves [B, T, n], -> hidden states after the final norm [B, T, n].
+    def forward(self, ids, silent=False, positions=None, cache=None, at=None, tail=0):
+        """ids [B, T], or the embeddings themselves [B, T, n], -> hidden states after the final norm [B, T - tail, n].
 
         silent: the ST pathway (REM on).
         positions [B, T]: each token's position in its row, for decoding with a cache; 0..T-1 where None.
         cache: a KVCache, to be written and read.
         at [B] or [B, P]: indices within the rows; then also returns the output of every decoder layer there, before
         the final norm: (hidden, states [L, B, n] or [L, B, P, n]). Nothing else of the layers is kept.
+        tail: the first index whose hidden state is asked for, with ids from position 0 on. In the last layer the tokens before
+        are keys and values only. (`at` must not be below it.)
         """
         B, T = ids.shape[:2]
-        if positions is None:
-            positions = torch.arange(T, device=ids.device)[None]  # [1, T]
-            end = T
-        else:
-            end = int(positions.max()) + 1
+        end, mask, where = T, None, torch.arange(T, device=ids.device)[None]
+        if positions is not None:
+            end, where = int(positions.max()) + 1, positions
+            mask = torch.arange(end, device=ids.device) <= positions[:, None, :, None]  # [B, 1, T, end]
         if end > self.config.max_position_embeddings:
             raise ValueError(f"a row of {end} tokens, but the model has {self.config.max_position_embeddings} positions")
         rope = None
         if self.frequencies is not None:
             self.frequencies = self.frequencies.to(ids.device)
-            angles = positions[:, None, :, None] * self.frequencies  # [B or 1, 1, T, e/2]
-            rope = angles.cos(), angles.sin()
+            rope = rope_table(where, self.frequencies)
         x = ids if ids.is_floating_point() else self.embed(ids)
         if self.embed_positions is not None:
-            x = x + F.embedding(positions, self.embed_positions)
+            x = x + F.embedding(where, self.embed_positions)
         x, states = x.to(self.compute_dtype), []
-        for layer in self.layers:
-            x = layer(x, silent, rope, cache, positions, end)
+        for i, layer in enumerate(self.compiled if self.compiled and cache is None else self.layers):
+            if self.activation_checkpointing and torch.is_grad_enabled() and cache is None:
+                layer = partial(checkpoint, layer, use_reentrant=False)
+            first = tail if i == len(self.layers) - 1 else 0
+            if first:
+                mask = where <= where[0, first:, None]  # [T - tail, T]
+            x = layer(x, silent, rope, cache, positions, end, mask, first)
             if at is not None:
                 rows = torch.arange(B, device=ids.device).view(B, *[1] * (at.dim() - 1))
-                states.append(x[rows, at])
+                states.append(x[rows, at - first])
         hidden = self.norm(x)
         return hidden if at is None else (hidden, torch.stack(states))
 
+    @property
+    def head(self):  # [V, n]
+        return self.embed_tokens if self.lm_head is None else self.lm_head
+
     def logits(self, hidden):  # [..., n] -> [..., V]
         """Scores of the V tokens of the vocabulary; an extra row is only ever read, never predicted."""
-        head = self.embed_tokens if self.lm_head is None else self.lm_head
-        return F.linear(hidden, head.to(hidden.dtype))
+        return F.linear(hidden, self.head.to(hidden.dtype))
 
     @torch.no_grad()
     def merge(self, silent=True):
@@ -547,6 +631,25 @@ class Transformer(nn.Module):
         self.projector = projector
         return self.requires_grad_(False)
 
+    @torch.no_grad()
+    def fuse(self):
+        """After merge(): q, k and v as one product, gate and up as one, for faster answers. Returns the model, which can no longer
+        be saved or merged."""
+        for layer in self.layers:
+            attention, mlp = layer.self_attn, layer.mlp
+            attention.qkv_proj = Linear.fused(attention.q_proj, attention.k_proj, attention.v_proj)
+            attention.q_proj = attention.k_proj = attention.v_proj = None
+            if mlp.gate_proj is not None:
+                mlp.gate_up_proj = Linear.fused(mlp.gate_proj, mlp.up_proj)
+                mlp.gate_proj = mlp.up_proj = None
+        return self
+
+    def be_plain(self):
+        """From now on everything is computed in the obvious way: the same results in more time. Returns the model."""
+        for module in self.modules():
+            module.plain = True
+        return self
+
     def training_flops(self, lengths, learned, silent=False):
         """Floating-point operations (two for a multiply-add) of a forward and a backward pass over rows of the given lengths
         [B], with logits for `learned` tokens: the matrix products, of frozen weights without their own gradient, and the
@@ -557,8 +660,7 @@ class Transformer(nn.Module):
         for name, p in self.layers.named_parameters():
             if p.dim() == 2 and (silent or ".rem_" not in name):
                 total += (3 if p.requires_grad else 2) * 2 * lengths.sum() * p.numel()
-        head = self.embed_tokens if self.lm_head is None else self.lm_head
-        return float(total + (3 if head.requires_grad else 2) * 2 * learned * head.numel())
+        return float(total + (3 if self.head.requires_grad else 2) * 2 * learned * self.head.numel())
 
     def adapter_state(self, complete=False):
         """What a run must keep, name -> tensor: all that is trained, and the extra rows; complete: the frozen rest, too,

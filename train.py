@@ -58,6 +58,10 @@ class Options(RunOptions):
     steps: int = option(0, "optimizer steps; 0: as many as --epochs take")
     batch_size: int = option(128, "problems in an optimizer step, over all processes", low=1)
     micro_batch_size: int = option(0, "problems in a forward pass of a process; 0: all of its share")
+    activation_checkpointing: bool = option(False, "keep only the input of each layer for the backward pass, and compute the rest "
+                                            "anew there: less memory, more time (passes without continuous thoughts)")  # fmt: skip
+    compile: bool = option(False, "torch.compile of the layers (passes without continuous thoughts)")
+    plain: bool = option(False, "compute everything in the obvious way: the same results in more time")
     lr: float = option(8e-4, "highest learning rate: linear warm-up, then a cosine to 0, or constant")
     schedule: str = option("cosine", "of the learning rate after warm-up", choices=("cosine", "constant"))
     warmup: float = option(0.03, "share of the steps that warm up", high=1)
@@ -288,6 +292,11 @@ def build(options, device):
     else:
         model = Transformer.from_pretrained(options.model, adapters, dtype, device, compute)
     check_vocabulary(tokenizer, model)
+    model.activation_checkpointing = options.activation_checkpointing
+    if options.plain:
+        model.be_plain()
+    if options.compile:
+        model.compile()
     return cls(model, tokenizer, options)
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import MODELS, Adapters, KVCache, ModelConfig, Transformer, rope_frequencies, rotate
+from model import MODELS, Adapters, KVCache, ModelConfig, Transformer, dropout, rope_frequencies, rope_table, rotate
 
 FIXTURES = Path(__file__).parent / "fixtures"
 FAMILIES = ("llama", "qwen2", "gpt2")
@@ -76,13 +76,20 @@ def test_norms_and_rope_are_computed_in_fp32_on_bf16_input():
     model = Transformer.from_pretrained(FIXTURES / "llama", dtype=torch.bfloat16)
     torch.manual_seed(0)
     x = torch.randn(1, 4, 300, 8).bfloat16()
-    angles = torch.arange(300)[None, None, :, None] * model.frequencies
-    rope = angles.cos(), angles.sin()
+    rope = rope_table(torch.arange(300)[None], model.frequencies)
     torch.testing.assert_close(rotate(x, rope), rotate(x.float(), rope).bfloat16(), rtol=0, atol=0)
     x = torch.randn(7, 32).bfloat16()
     for norm in (model.norm, Transformer.from_pretrained(FIXTURES / "gpt2", dtype=torch.bfloat16).norm):
         torch.testing.assert_close(norm(x), norm(x.float()).bfloat16(), rtol=0, atol=0)
     assert model.frequencies.dtype == torch.float32 and model.merge().frequencies.dtype == torch.float32
+
+
+def test_rotation_is_that_of_complex_numbers():
+    x, frequencies = torch.randn(2, 3, 7, 8), torch.rand(4)
+    positions = torch.tensor([[0, 1, 2, 3, 4, 5, 6], [5, 9, 1, 0, 3, 300, 2]])
+    turned = torch.complex(x[..., :4], x[..., 4:]) * torch.exp(1j * (positions[:, None, :, None] * frequencies))
+    want = torch.cat((turned.real, turned.imag), dim=-1)
+    torch.testing.assert_close(rotate(x, rope_table(positions, frequencies)), want, rtol=1e-5, atol=1e-5)
 
 
 def test_the_fixture_would_notice_a_missing_rope_scaling():
@@ -143,6 +150,7 @@ def test_training_flops_are_those_that_torch_counts(family, silent, adapters):
     model = Transformer.from_pretrained(FIXTURES / family, adapters)
     if adapters.lora_rank == 0:
         model.requires_grad_(True)
+    model.be_plain()
     ids, learned = expected(family)["ids"][:, :50].view(2, 25), torch.tensor([3, 20, 24])
     with FlopCounterMode(display=False) as counter:
         model.logits(model(ids, silent=silent)[:, learned]).sum().backward()
@@ -560,3 +568,103 @@ def test_a_row_longer_than_the_models_positions_is_refused():
     model = Transformer(dataclasses.replace(MODELS["demo"], max_position_embeddings=8))
     with pytest.raises(ValueError, match="8 positions"):
         model(torch.zeros(1, 9, dtype=torch.long))
+
+
+# ------------------------------------------------------------------------------------------------- faster, the same
+
+
+EVERY = Adapters(lora_rank=4, rem_rank=4, lora_mlp=True, extra_rows=1)
+
+
+def outputs_and_gradients(model, ids, silent):
+    torch.manual_seed(5)  # of dropout
+    model.zero_grad()
+    hidden, states = model(ids, silent, at=torch.tensor([3, 5]))
+    (hidden.square().mean() + states.square().mean()).backward()
+    return [hidden, states, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+def assert_same(found, want):
+    assert len(found) == len(want)
+    for a, b in zip(found[:2], want[:2], strict=True):
+        assert (a - b).norm() <= 1e-5 * b.norm()
+    a, b = (torch.cat([gradient.flatten() for gradient in some[2:]]) for some in (found, want))
+    assert (a - b).norm() <= 1e-5 * b.norm()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize("silent", [False, True])
+def test_activation_checkpointing_changes_nothing_but_memory(family, silent):
+    model, ids = adapted(family, dataclasses.replace(EVERY, lora_dropout=0.3)).train(), torch.arange(18).view(2, 9)
+    want = outputs_and_gradients(model, ids, silent)
+    model.activation_checkpointing, entered = True, []
+    model.layers[0].register_forward_pre_hook(lambda *_: entered.append(torch.is_grad_enabled()))
+    assert_same(outputs_and_gradients(model, ids, silent), want)
+    assert len(entered) == 2  # once more for the backward pass
+    with torch.no_grad():
+        model(ids, silent)
+    assert len(entered) == 3
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_compiled_layers_are_the_same_and_few(family):
+    """A graph for each pathway, with and without a gradient of the input: for all layers, lengths and numbers of rows."""
+    torch._dynamo.reset()
+    model, graphs = adapted(family, EVERY), []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    cases = [(torch.randint(50, (2, T)), silent) for T in (9, 12, 31, 8) for silent in (False, True)]
+    want = [outputs_and_gradients(model, *case) for case in cases]
+    model.compile(backend=backend, fullgraph=True)
+    for case, plain in zip(cases, want, strict=True):
+        assert_same(outputs_and_gradients(model, *case), plain)
+    assert 2 <= len(graphs) <= 4
+    cache = KVCache(model.config, 2, 12)
+    with torch.no_grad():
+        model(cases[0][0], cache=cache)
+        model(torch.zeros(2, 1, dtype=torch.long), positions=torch.tensor([[9], [4]]), cache=cache)
+    assert len(graphs) <= 4
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_last_layer_of_the_last_tokens_and_fused_projections(family, fused):
+    model, ids = adapted(family, EVERY), torch.arange(27).view(3, 9)
+    with torch.no_grad():
+        want, states = model.merge()(ids, at=torch.tensor([8, 5, 6]))
+        if fused:
+            model.fuse()
+        torch.testing.assert_close(model(ids), want, rtol=1e-5, atol=1e-5)
+        cache = KVCache(model.config, 3, 10)
+        found, also = model(ids, cache=cache, tail=5, at=torch.tensor([8, 5, 6]))
+        torch.testing.assert_close(found, want[:, 5:], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(also, states, rtol=1e-5, atol=1e-5)
+        found = model(ids[:, 4:5], positions=torch.tensor([[4]] * 3), cache=cache)  # the cache is that of all tokens
+    torch.testing.assert_close(found[:, 0], want[:, 4], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize("silent", [False, True])
+def test_trained_weights_in_one_product(family, silent):
+    model = adapted(family, Adapters(rem_rank=4))
+    ids = torch.arange(18).view(2, 9)
+    found = outputs_and_gradients(model, ids, silent)
+    assert_same(found, outputs_and_gradients(model.be_plain(), ids, silent))
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout_drops_a_share_and_scales_the_rest(p):
+    torch.manual_seed(0)
+    x = torch.ones(301, 1001, requires_grad=True)
+    y = dropout(x, p)
+    kept = (y != 0).float()
+    assert abs(kept.mean() - (1 - p)) < 5 * (p * (1 - p) / x.numel()) ** 0.5
+    assert abs(torch.corrcoef(torch.stack((kept[:, :-1].flatten(), kept[:, 1:].flatten())))[0, 1]) < 0.01
+    torch.testing.assert_close(y, kept / (1 - p))
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, kept / (1 - p))
+    assert dropout(x.bfloat16(), p).dtype == torch.bfloat16 and not torch.equal(dropout(x, p), y)
