@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from data import Row, normalise, score
 from model import Adapters, KVCache
@@ -163,8 +164,8 @@ def cross_entropy(model, hidden, batch, first=0):
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """sum_k weight_k CE(head hidden_k, target_k), some rows at a time: their gradient is computed beside their loss, so that no
-    more than a chunk of the logits [K, V] is ever there, once.
+    """sum_k weight_k CE(head hidden_k, target_k), some rows at a time: their gradient is computed beside their loss, so that never
+    more than a chunk of the logits [K, V] is there.
 
     hidden [K, n], head [V, n], target [K], weight [K], chunk: a number of rows -> scalar
     """
@@ -191,8 +192,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, d_loss):
-        d_hidden, d_head = (None if part is None else part * d_loss.to(part.dtype) for part in ctx.saved_tensors)
+        d_hidden, d_head = (None if part is None else part * d_loss for part in ctx.saved_tensors)
         return d_hidden, d_head, None, None, None
 
 

@@ -290,15 +290,17 @@ class Projector(nn.Module):
 def project(x, parts, rems, plain=False):  # [..., in] -> one [..., out] for each part
     """The projections of one input, some through a REM (else None).
 
-    Trained weights are one product, with REM folded into them before, which is less work than for each token. Not where it is
-    to be `plain`, nor where a dropout stands in between.
+    In training all weights, where there are more tokens than outputs, they are one product, and REM is folded into the weights
+    before; not where it is to be `plain`, nor where a dropout stands in between.
     """
     trained = torch.is_grad_enabled() and all(part.lora is None and part.weight.requires_grad for part in parts)
-    if plain or not trained or any(isinstance(rem, SecondLoRA) for rem in rems):
+    many = x[..., 0].numel() >= max(part.n_out for part in parts)
+    if plain or not (trained and many) or any(isinstance(rem, SecondLoRA) for rem in rems):
         return [part(x) if rem is None else rem(x, part) for part, rem in zip(parts, rems, strict=True)]
-    weights = [part.matrix if rem is None else rem.merged(part.matrix) for part, rem in zip(parts, rems, strict=True)]
+    weights = [part.matrix if rem is None else rem.merged(part.matrix.float()) for part, rem in zip(parts, rems, strict=True)]
     bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts]).to(x.dtype)
-    return F.linear(x, torch.cat(weights).to(x.dtype), bias).split([part.n_out for part in parts], dim=-1)
+    whole = torch.cat([weight.to(x.dtype) for weight in weights])
+    return F.linear(x, whole, bias).split([part.n_out for part in parts], dim=-1)
 
 
 def _add_product(y, a, b):
@@ -307,9 +309,9 @@ def _add_product(y, a, b):
 
 
 def dropout(x, p):
-    """F.dropout. On a CPU, where drawing the numbers one by one takes longer than all else in LoRA, four come of 64 random
-    bits, and p is rounded to a multiple of 2^-16."""
-    if x.device.type != "cpu":
+    """F.dropout. On a CPU, where that draws one number after the other, four come of 64 random bits, and p is rounded to a
+    multiple of 2^-16."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, p)
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
     keep = bits[: x.numel()].view(x.shape) >= round(p * 2**16) - 2**15
@@ -569,10 +571,11 @@ class Transformer(nn.Module):
         cache: a KVCache, to be written and read.
         at [B] or [B, P]: indices within the rows; then also returns the output of every decoder layer there, before
         the final norm: (hidden, states [L, B, n] or [L, B, P, n]). Nothing else of the layers is kept.
-        tail: the first index whose hidden state is asked for, with ids from position 0 on. In the last layer the tokens before
-        are keys and values only. (`at` must not be below it.)
+        tail: the first index whose hidden state is asked for (not with positions, and `at` must not be below it); of the tokens
+        before, the last layer computes keys and values only.
         """
         B, T = ids.shape[:2]
+        assert not (tail and positions is not None)
         end, mask, where = T, None, torch.arange(T, device=ids.device)[None]
         if positions is not None:
             end, where = int(positions.max()) + 1, positions
@@ -633,8 +636,10 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def fuse(self):
-        """After merge(): q, k and v as one product, gate and up as one, for faster answers. Returns the model, which can no longer
-        be saved or merged."""
+        """After merge(): q, k and v as one product, gate and up as one, for faster answers. Returns the model, whose weights no longer
+        go by a checkpoint's names. ValueError before merge()."""
+        if self.merged is None:
+            raise ValueError("only a merged model can be fused")
         for layer in self.layers:
             attention, mlp = layer.self_attn, layer.mlp
             attention.qkv_proj = Linear.fused(attention.q_proj, attention.k_proj, attention.v_proj)
@@ -645,13 +650,14 @@ class Transformer(nn.Module):
         return self
 
     def be_plain(self):
-        """From now on everything is computed in the obvious way: the same results in more time. Returns the model."""
+        """From now on training takes none of the shortcuts: one product for each projection, F.dropout (which draws other random
+        numbers on a CPU), all logits at once, all of the last layer (dart.py). Returns the model."""
         for module in self.modules():
             module.plain = True
         return self
 
     def training_flops(self, lengths, learned, silent=False):
-        """Floating-point operations (two for a multiply-add) of a forward and a backward pass over rows of the given lengths
+        """Floating-point operations (two for a multiply-add) of a plain forward and backward pass over rows of the given lengths
         [B], with logits for `learned` tokens: the matrix products, of frozen weights without their own gradient, and the
         attention between the pairs of tokens that see each other. Norms and the like are left out."""
         lengths, config = np.asarray(lengths, dtype=np.float64), self.config

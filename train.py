@@ -61,7 +61,7 @@ class Options(RunOptions):
     activation_checkpointing: bool = option(False, "keep only the input of each layer for the backward pass, and compute the rest "
                                             "anew there: less memory, more time (passes without continuous thoughts)")  # fmt: skip
     compile: bool = option(False, "torch.compile of the layers (passes without continuous thoughts)")
-    plain: bool = option(False, "compute everything in the obvious way: the same results in more time")
+    plain: bool = option(False, "train without the shortcuts that save time and memory (on a CPU, dropout draws other numbers)")
     lr: float = option(8e-4, "highest learning rate: linear warm-up, then a cosine to 0, or constant")
     schedule: str = option("cosine", "of the learning rate after warm-up", choices=("cosine", "constant"))
     warmup: float = option(0.03, "share of the steps that warm up", high=1)
@@ -182,7 +182,7 @@ RUN_FILES = ("adapter.safetensors", "trainer.safetensors", "log.jsonl", "result.
              "vocab.json", "merges.txt")  # fmt: skip
 TRAIN_SAMPLE = 500  # so many training problems are answered for the table of a comparison
 # Options that may differ between a run and its resumption.
-FREE_TO_CHANGE = ("out", "resume", "overwrite", "compare", "device", "data_dir", "suite", "seeds", "test_data")
+FREE_TO_CHANGE = ("out", "resume", "overwrite", "compare", "device", "data_dir", "suite", "seeds", "test_data", "activation_checkpointing")
 
 
 def check_out(options):

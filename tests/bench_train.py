@@ -5,8 +5,9 @@
 
 `ordinary`: REM by hooks, all hidden states, all logits, one backward pass, random batches padded to the longest row;
 `tuned`: the same in our batches, whose rows are of about one length. First both must have the same losses and gradients (fp32,
-without dropout); then the same problems are trained on in turns. The floor is the time that the matrix products need at the rate
-at which this machine does those of the model's shapes. The last line is JSON.
+without dropout); then the same problems are trained on in turns. The floor is the time that the products of the plain computation
+need (forward, the gradients of all inputs, of LoRA's and REM's weights, logits of learned tokens alone; no padding), at the rate at
+which this machine does those of a layer; ours leaves out a part of the last layer. The last line is JSON.
 """
 
 import argparse
@@ -30,6 +31,7 @@ import train
 from model import MODELS, ModelConfig, Transformer
 
 # Llama-3.2-1B's proportion of body to head, small enough for a CPU
+LLAMAS = ("llama-3.2-1b", "llama-3.2-3b")
 SMALL = ModelConfig("llama", 32064, 512, 2048, 16, 8, 2, 64, 4096, 1e-5, True, 5e5)
 
 
@@ -67,6 +69,11 @@ class Ours:
         torch.manual_seed(0)
         dtype = evaluation.DTYPES[options.dtype]
         model = Transformer(config, cls.adapters(tokenizer, self.options), dtype, device)
+        model.activation_checkpointing = options.activation_checkpointing
+        if options.plain:
+            model.be_plain()
+        if options.compile:
+            model.compile()
         method = cls(model, tokenizer, self.options)
         with torch.no_grad():  # not 0, as at the start, or most gradients were 0
             for name, p in model.named_parameters():
@@ -231,13 +238,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="file of problems in GSM8K-Aug's format")
     parser.add_argument("--tokenizer", required=True, help="directory of the tokenizer")
-    parser.add_argument("--model", default="small", choices=("small", *MODELS), help="whose shapes")
+    parser.add_argument("--model", default="small", choices=("small", *LLAMAS), help="whose shapes")
     parser.add_argument("--vocab", type=int, default=0, help="another vocabulary size")
     parser.add_argument("--dtype", default="fp32", choices=tuple(evaluation.DTYPES))
     parser.add_argument("--rows", type=int, default=16, help="problems in a step")
     parser.add_argument("--batches", type=int, default=8, help="batches that are timed, of short to long rows")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dropout", type=float, default=0.1, help="LoRA's")
+    for flag in ("plain", "compile", "activation_checkpointing"):
+        parser.add_argument(f"--{flag}", action="store_true", help="ours: as the option of train.py")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--memory", choices=("ours", "ordinary"), help="only the peak memory of a step, in this process")
     options = parser.parse_args()
@@ -254,7 +263,8 @@ def main():
     mixed = np.split(np.random.default_rng(0).permutation(np.concatenate(grouped)), len(grouped))
     if options.memory:
         subject, batches = (ours, grouped) if options.memory == "ours" else (Ordinary(ours), mixed)
-        ours.run.method = ours.run.method if options.memory == "ours" else argparse.Namespace(tokenizer=tokenizer)
+        if options.memory == "ordinary":
+            ours.run.method, ours.run.optimizer, ours.parameters = argparse.Namespace(tokenizer=tokenizer), None, None
         batch = max(batches, key=lambda batch: ours.run.lengths[batch].max())
         train.reset_peak_memory(device)
         start = train.peak_memory(device)

@@ -494,18 +494,33 @@ def test_distillation_elsewhere_and_in_other_norms(where, indices, norm):
 
 @pytest.mark.parametrize("trained_head", [False, True])
 @pytest.mark.parametrize("chunk", [1, 7, 40, 1000])
-def test_cross_entropy_in_chunks(trained_head, chunk):
+def test_cross_entropy_in_chunks(trained_head, chunk, monkeypatch):
     torch.manual_seed(0)
+    linear, rows = F.linear, []
+    monkeypatch.setattr(F, "linear", lambda x, weight: rows.append(len(x)) or linear(x, weight))
     hidden, head = torch.randn(40, 16, requires_grad=True), torch.randn(59, 16, requires_grad=trained_head)
     target, weight = torch.randint(59, (40,)), torch.rand(40)
     inputs = (hidden, head) if trained_head else (hidden,)
     plain = (F.cross_entropy(hidden @ head.T, target, reduction="none") * weight).sum()
     chunked = dart.ChunkedCrossEntropy.apply(hidden, head, target, weight, chunk)
+    assert max(rows) == min(chunk, 40) and sum(rows) == 40
     torch.testing.assert_close(chunked, plain, rtol=1e-6, atol=0)
     for a, b in zip(torch.autograd.grad(3 * chunked, inputs), torch.autograd.grad(3 * plain, inputs), strict=True):
         assert (a - b).norm() <= 1e-6 * b.norm()
     with torch.no_grad():
         torch.testing.assert_close(dart.ChunkedCrossEntropy.apply(hidden, head, target, weight, chunk), plain, rtol=1e-6, atol=0)
+
+
+def test_the_gradient_of_chunks_in_bf16_is_not_scaled():
+    """A micro-batch's share of the step, here 1/3, is not rounded to bf16."""
+    torch.manual_seed(0)
+    hidden, head = torch.randn(400, 64).bfloat16().requires_grad_(), torch.randn(59, 64)
+    target, weight = torch.randint(59, (400,)), torch.rand(400)
+    found = torch.autograd.grad(dart.ChunkedCrossEntropy.apply(hidden, head, target, weight, 100) / 3, hidden)[0].double()
+    exact = hidden.detach().double().requires_grad_()
+    loss = (F.cross_entropy(exact @ head.bfloat16().double().T, target, reduction="none") * weight).sum() / 3
+    (want,) = torch.autograd.grad(loss, exact)
+    assert abs((found * want).sum() / (want * want).sum() - 1) < 5e-4
 
 
 @pytest.mark.parametrize("changes", [{}, {"lora_rank": 3}, {"rem_is_lora": True}, {"distill_at": "z_N+Y"}])

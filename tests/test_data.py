@@ -936,6 +936,7 @@ def test_collate_weighs_each_piece_by_its_length():
     dense[batch.row, batch.col] = batch.weight
     assert dense.tolist() == [[0, 0, 0.5, 0.5, 0.5, 0.5], [0, 0.5, 0.5, 0, 0, 0]]
     assert batch.at.tolist() == [3, 0]  # z_N is the token before Y
+    assert batch.tail == 0 and data.collate(rows[:1], pad_id=1).tail == 1  # the token before the first that is learned
 
 
 def gsm8k_like_lengths(n):

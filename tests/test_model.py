@@ -1,5 +1,6 @@
 """model.py: parity with Hugging Face transformers, REM, LoRA, merging, the KV cache, loading. CPU, no network."""
 
+import copy
 import dataclasses
 import json
 import shutil
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -576,10 +578,10 @@ def test_a_row_longer_than_the_models_positions_is_refused():
 EVERY = Adapters(lora_rank=4, rem_rank=4, lora_mlp=True, extra_rows=1)
 
 
-def outputs_and_gradients(model, ids, silent):
+def outputs_and_gradients(model, ids, silent, tail=0):
     torch.manual_seed(5)  # of dropout
     model.zero_grad()
-    hidden, states = model(ids, silent, at=torch.tensor([3, 5]))
+    hidden, states = model(ids, silent, at=torch.tensor([3, 5, 4, 6])[: len(ids)], tail=tail)
     (hidden.square().mean() + states.square().mean()).backward()
     return [hidden, states, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
@@ -608,7 +610,8 @@ def test_activation_checkpointing_changes_nothing_but_memory(family, silent):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_compiled_layers_are_the_same_and_few(family):
-    """A graph for each pathway, with and without a gradient of the input: for all layers, lengths and numbers of rows."""
+    """A graph for each pathway, with and without a gradient of the input, and with and without a tail: for all layers, lengths and
+    numbers of rows."""
     torch._dynamo.reset()
     model, graphs = adapted(family, EVERY), []
 
@@ -616,17 +619,21 @@ def test_compiled_layers_are_the_same_and_few(family):
         graphs.append(graph)
         return graph
 
-    cases = [(torch.randint(50, (2, T)), silent) for T in (9, 12, 31, 8) for silent in (False, True)]
+    cases = [(torch.randint(50, (B, T)), silent, tail) for B, T in ((2, 9), (4, 12), (3, 31), (2, 8)) for silent in (False, True)
+             for tail in (0, 3)]  # fmt: skip
     want = [outputs_and_gradients(model, *case) for case in cases]
     model.compile(backend=backend, fullgraph=True)
     for case, plain in zip(cases, want, strict=True):
         assert_same(outputs_and_gradients(model, *case), plain)
-    assert 2 <= len(graphs) <= 4
-    cache = KVCache(model.config, 2, 12)
+    assert 2 <= len(graphs) <= 8
+    cache, count = KVCache(model.config, 2, 12), len(graphs)
     with torch.no_grad():
         model(cases[0][0], cache=cache)
         model(torch.zeros(2, 1, dtype=torch.long), positions=torch.tensor([[9], [4]]), cache=cache)
-    assert len(graphs) <= 4
+    assert len(graphs) == count
+    model = adapted(family, dataclasses.replace(EVERY, lora_dropout=0.5)).train()
+    model.compile(backend=backend, fullgraph=True)
+    assert not torch.equal(model(cases[0][0]), model(cases[0][0]))
     torch._dynamo.reset()
 
 
@@ -649,11 +656,38 @@ def test_the_last_layer_of_the_last_tokens_and_fused_projections(family, fused):
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
 @pytest.mark.parametrize("silent", [False, True])
-def test_trained_weights_in_one_product(family, silent):
-    model = adapted(family, Adapters(rem_rank=4))
-    ids = torch.arange(18).view(2, 9)
-    found = outputs_and_gradients(model, ids, silent)
-    assert_same(found, outputs_and_gradients(model.be_plain(), ids, silent))
+def test_trained_weights_in_one_product(family, silent, monkeypatch):
+    model, products, linear = adapted(family, Adapters(rem_rank=4)), [], F.linear
+    monkeypatch.setattr(F, "linear", lambda *inputs: products.append(1) or linear(*inputs))
+    many, few = torch.arange(600).view(4, 150) % 90, torch.arange(18).view(2, 9)
+    counts = []
+    for ids in (many, few):
+        found = outputs_and_gradients(model, ids, silent)
+        counts.append(len(products))
+        model.plain = False
+        assert_same(found, outputs_and_gradients(copy.deepcopy(model).be_plain(), ids, silent))
+        counts.append(len(products) - counts[-1])
+        products.clear()
+    gpt2 = family == "gpt2"
+    assert counts == [layers * len(model.layers) for layers in ((4, 6, 6, 6) if gpt2 else (4, 7, 7, 7))]
+
+
+def test_a_dropout_is_not_folded_into_weights():
+    model = adapted("llama", Adapters(rem_rank=4, rem_is_lora=True, lora_dropout=0.5)).train()
+    ids = torch.arange(600).view(4, 150) % 90
+    torch.manual_seed(0)
+    first, second = model(ids, silent=True), model(ids, silent=True)
+    assert not torch.equal(first, second) and torch.equal(model(ids), model(ids))
+
+
+def test_only_a_merged_model_is_fused():
+    with pytest.raises(ValueError, match="merged"):
+        adapted("llama", EVERY).fuse()
+
+
+def test_trained_weights_in_bf16_with_rem():
+    model = Transformer(MODELS["demo"], Adapters(rem_rank=4), torch.bfloat16)
+    assert model(torch.arange(600).view(10, 60) % 59, silent=True).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
@@ -663,7 +697,8 @@ def test_dropout_drops_a_share_and_scales_the_rest(p):
     y = dropout(x, p)
     kept = (y != 0).float()
     assert abs(kept.mean() - (1 - p)) < 5 * (p * (1 - p) / x.numel()) ** 0.5
-    assert abs(torch.corrcoef(torch.stack((kept[:, :-1].flatten(), kept[:, 1:].flatten())))[0, 1]) < 0.01
+    for a, b in ((kept[:, :-1], kept[:, 1:]), (kept[:-1], kept[1:]), (kept[:150], kept[150:300])):  # neighbours, rows, halves
+        assert abs(torch.corrcoef(torch.stack((a.flatten(), b.flatten())))[0, 1]) < 0.02
     torch.testing.assert_close(y, kept / (1 - p))
     y.sum().backward()
     torch.testing.assert_close(x.grad, kept / (1 - p))

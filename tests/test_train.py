@@ -17,6 +17,7 @@ import data
 import dart
 import eval as evaluation
 import train
+from model import Block
 
 ROOT = Path(__file__).parent.parent
 FIXTURES = ROOT / "tests" / "fixtures"
@@ -168,6 +169,29 @@ def test_a_recipe_may_have_values_of_a_methods_own():
         rows = train.suite_runs(train.read_options(["--suite", "table1", *argv]), ["--suite", "table1", *argv])
         assert rows["CODI"][0].distill_weight == train.read_options(["--method", "codi", *argv]).distill_weight == own
         assert rows["DART"][0].distill_weight == train.read_options(argv).distill_weight == (5.0 if own == 20.0 else 3.0)
+
+
+def test_options_of_time_and_memory_change_no_loss(tmp_path, adapters_run, monkeypatch):
+    """Their effect is tested with the model; here, that they reach it."""
+    compiled, entered = [], []
+    real, forward = torch.compile, Block.forward
+    monkeypatch.setattr(torch, "compile", lambda module, **how: compiled.append(module) or real(module, backend="eager", **how))
+    monkeypatch.setattr(Block, "forward", lambda self, *inputs: entered.append(self.self_attn.plain) or forward(self, *inputs))
+    more = [*adapters_run, "--lora_dropout", "0", "--eval_size", "0", "--steps", "2"]
+    want, calls = losses(run(tmp_path / "run", *more)), len(entered)
+    assert not any(entered)
+    for flag in ("plain", "activation_checkpointing", "compile"):
+        entered.clear()
+        found = losses(run(tmp_path / flag, *more, f"--{flag}"))
+        assert all(a == pytest.approx(b, rel=1e-5) for a, b in zip(found, want, strict=True))
+        assert all(entered) == (flag == "plain") and (len(entered) == 2 * calls) == (flag == "activation_checkpointing")
+        assert bool(compiled) == (flag == "compile")
+
+
+def test_answers_are_timed_with_fused_projections(tmp_path):
+    run(tmp_path)
+    model = evaluation.merged(evaluation.load_run(tmp_path)[0], "st")
+    assert model.layers[0].self_attn.qkv_proj is not None and model.layers[0].mlp.gate_up_proj is not None
 
 
 def test_lora_and_rem_from_a_hugging_face_directory(tmp_path, adapters_run):
