@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import multiprocessing
 import os
 import re
 import resource
@@ -18,6 +19,8 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +56,7 @@ class Options(RunOptions):
     suite: str = option("", "a table of the paper: all its rows are trained, into folders of --out, and compared",
                         choices=("", "table1", "table3", "table4", "table5", "figure2"))  # fmt: skip
     seeds: int = option(1, "how many of them for each row of the suite, from --seed on", low=1)
+    jobs: int = option(1, "runs of a comparison or a suite that go on side by side, where they are on a CPU; 0: one a core")
     test_data: tuple = option((), "data sets that the rows of the suite are compared on; none: --data")
     epochs: int = option(10, "passes over the training data", low=1)
     steps: int = option(0, "optimizer steps; 0: as many as --epochs take")
@@ -81,7 +85,7 @@ PRESETS = {
     "qwen2.5-1.5b": dict(epochs=10, lr=5e-4, epochs_per_stage=2.0),
     "gpt2": dict(epochs=40, lr=2e-3),
     # The built-in task trains all weights of a tiny model from scratch: there is nothing pretrained to freeze.
-    "demo": dict(model="demo", tokenizer="demo", data="demo", random_init=True, compare=("no-cot", "pause"), steps=1500,
+    "demo": dict(model="demo", tokenizer="demo", data="demo", random_init=True, compare=("no-cot", "pause"), jobs=0, steps=1500,
                  batch_size=64, lr=3e-3, weight_decay=1.0, beta2=0.98, grad_clip=1.0, dtype="fp32", lora_rank=0,
                  rem_rank=32, n_st=4, n_thoughts=4, max_stage=2, epochs_per_stage=12.0, removal_per_epoch=0.3,
                  remove_all_beyond=14, distill_weight=5.0, eval_every=500, max_new_tokens=24, save_every=500, log_every=50),
@@ -182,7 +186,8 @@ RUN_FILES = ("adapter.safetensors", "trainer.safetensors", "log.jsonl", "result.
              "vocab.json", "merges.txt")  # fmt: skip
 TRAIN_SAMPLE = 500  # so many training problems are answered for the table of a comparison
 # Options that may differ between a run and its resumption.
-FREE_TO_CHANGE = ("out", "resume", "overwrite", "compare", "device", "data_dir", "suite", "seeds", "test_data", "activation_checkpointing")
+FREE_TO_CHANGE = ("out", "resume", "overwrite", "compare", "device", "data_dir", "suite", "seeds", "jobs", "test_data",
+                  "activation_checkpointing")
 
 
 def check_out(options):
@@ -388,10 +393,11 @@ def step_of(line):
 
 
 class Log:
-    """log.jsonl, and one line on the screen: live on a terminal, one after the other elsewhere. Rank 0 alone writes."""
+    """log.jsonl, and one line on the screen: live on a terminal, one after the other elsewhere, and with its label where there are
+    other runs beside. Rank 0 alone writes."""
 
-    def __init__(self, path, rank, step):
-        self.path, self.rank, self.live = path, rank, sys.stdout.isatty()
+    def __init__(self, path, rank, step, label):
+        self.path, self.rank, self.label, self.live = path, rank, label and f"{label}: ", sys.stdout.isatty() and not label
         if rank == 0:
             lines = path.read_text(encoding="utf-8").splitlines() if step and path.is_file() else []
             write_atomically(path, "".join(line + "\n" for line in lines if 0 <= step_of(line) <= step))
@@ -405,7 +411,7 @@ class Log:
 
     def show(self, text, done=True):
         if self.rank == 0 and not self.live:
-            print(text, flush=True)
+            print(f"{self.label}{text}\n", end="", flush=True)  # one write, whatever other runs write meanwhile
         elif self.rank == 0:  # a line that were wider than the terminal could not be replaced by the next
             text = text if done else text[: shutil.get_terminal_size().columns - 1]
             print(f"\r\x1b[K{text}", end="\n" if done else "", flush=True)
@@ -500,12 +506,12 @@ def make_micro_batches(run, step, batch, rank, world, device):
     return micro_batches
 
 
-def train(run, rank, world, device):
+def train(run, rank, world, device, label=""):
     """The training loop. Leaves the run's files behind; returns what result.json says."""
     options, method, optimizer, out = run.options, run.method, run.optimizer, Path(run.options.out)
     wrapped = DistributedDataParallel(method) if world > 1 else method
     parameters = [p for p in method.parameters() if p.requires_grad]
-    log, meter = Log(out / "log.jsonl", rank, run.start), Meter(run, device)
+    log, meter = Log(out / "log.jsonl", rank, run.start, label), Meter(run, device)
     eval_every = options.eval_every or len(run.lengths) // options.batch_size
 
     def evaluation(step):
@@ -677,9 +683,10 @@ def draw_figure2(tables, path):
 # ------------------------------------------------------------------------------------------------------------ program
 
 
-def train_one(options, rank, world, device):
-    """Prepares, claims the directory, trains. Returns what result.json says; of a finished run just that."""
-    with one_line_errors():
+def train_one(options, rank, world, device, label=""):
+    """Prepares, claims the directory, trains. Returns what result.json says, of a finished run just that; or the error of a user that
+    keeps it from beginning."""
+    try:
         finished = Path(options.out) / "result.json"
         if options.resume and finished.is_file():
             return read_json(finished)
@@ -689,8 +696,26 @@ def train_one(options, rank, world, device):
         if rank == 0:
             claim(run, world)
             print(f"\n{options.method}: {run.steps} steps of {options.batch_size} of the {len(run.lengths)} problems, "
-                  f"in {options.out}; {run.method.tokenizer}")  # fmt: skip
-    return train(run, rank, world, device)
+                  f"in {options.out}; {run.method.tokenizer}\n", end="", flush=True)  # fmt: skip
+    except (ValueError, OSError) as error:
+        return error
+    return train(run, rank, world, device, label)
+
+
+def train_side_by_side(runs, out, jobs):
+    """Trains runs in processes of their own, so many at a time, the last one first, as it takes longest in a comparison; yields what
+    `train_one` returns. They share the cores."""
+    threads, context = max(1, torch.get_num_threads() // jobs), multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, context, torch.set_num_threads, (threads,)) as pool:
+        labels = [one.method if one.out == out else str(Path(one.out).relative_to(out)) for one in runs]
+        futures = [pool.submit(train_one, one, 0, 1, "cpu", label) for one, label in zip(runs[::-1], labels[::-1], strict=True)]
+        try:
+            for future in futures[::-1]:
+                yield future.result()
+        except BrokenProcessPool:
+            yield OSError("a run was killed, for lack of memory perhaps: with --jobs 1 they go on one after the other")
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def main(argv=None):
@@ -704,8 +729,12 @@ def main(argv=None):
         ] + [options]
         for one in runs:
             check_out(one)
-    for one in runs:
-        result = train_one(one, rank, world, device)
+    jobs = min(len(runs), options.jobs or torch.get_num_threads()) if device == "cpu" and world == 1 else 1
+    one_by_one = (train_one(one, rank, world, device) for one in runs)
+    for result in train_side_by_side(runs, options.out, jobs) if jobs > 1 else one_by_one:
+        if isinstance(result, Exception):
+            with one_line_errors():
+                raise result
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()

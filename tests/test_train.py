@@ -22,7 +22,7 @@ from model import Block
 ROOT = Path(__file__).parent.parent
 FIXTURES = ROOT / "tests" / "fixtures"
 QUICK = ["--compare", "--steps", "6", "--batch_size", "16", "--log_every", "1", "--eval_every", "3", "--eval_size", "8",
-         "--save_every", "3", "--device", "cpu"]  # fmt: skip
+         "--save_every", "3", "--device", "cpu", "--jobs", "1"]  # fmt: skip
 
 
 FAST = {"icot": ["--removal_per_epoch", "113", "--remove_all_beyond", "3"],  # schedules that end within few steps of 16
@@ -81,6 +81,25 @@ def test_a_comparison_from_the_command_line(tmp_path):
     assert again["cot"]["speedup_over_cot"] == 1.0 and f"{100 * again['st']['strict']:.1f} (" in done.stdout
     examples = [json.loads(line) for line in (tmp_path / "e.jsonl").read_text().splitlines()]
     assert len(examples) == 1000 and sum(e["strict"] for e in examples if e["pathway"] == "st") == 500 * again["st"]["strict"]
+
+
+def test_runs_side_by_side(tmp_path):
+    """Each in its own process and folder, with its name before its lines; an error that all of them meet is said once."""
+    command = [sys.executable, "train.py", *QUICK, "--compare", "no-cot", "pause", "--jobs", "2"]
+    done = subprocess.run([*command, "--out", str(tmp_path / "two")], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    run(tmp_path / "one", "--compare", "no-cot", "pause")
+    for name in ("no-cot", "pause", "."):
+        beside, alone = (losses(log(tmp_path / jobs / name)) for jobs in ("two", "one"))
+        assert len(beside) == 6 + 2 and all(a == pytest.approx(b, rel=1e-4) for a, b in zip(beside, alone, strict=True))
+    lines = done.stdout.splitlines()
+    steps = [sum(line.startswith(f"{name}: step ") for line in lines) for name in ("no-cot", "pause", "dart")]
+    assert steps == [8, 8, 8], done.stdout
+    accuracies = [[r["strict"] for r in json.loads((tmp_path / jobs / "result.json").read_text())["table"]] for jobs in ("two", "one")]
+    assert accuracies[0] == accuracies[1]
+    done = subprocess.run([*command, "--max_new_tokens", "60", "--out", str(tmp_path / "bad")], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "bad").exists()
 
 
 def test_losses_fall_on_every_method(tmp_path):
