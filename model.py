@@ -314,8 +314,7 @@ def dropout(x, p):
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, p)
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-    keep = bits[: x.numel()].view(x.shape) >= round(p * 2**16) - 2**15
-    return x * (keep * (1 / (1 - p))).to(x.dtype)
+    return x.masked_fill(bits[: x.numel()].view(x.shape) < round(p * 2**16) - 2**15, 0.0).div_(1 - p)
 
 
 def _uniform(rows, fan_in, device):  # the initialisation that LoRA's authors use for A
