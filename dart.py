@@ -479,7 +479,7 @@ def generate(model, prompts, silent, eos_id, max_new_tokens, starts=None, though
         done |= written[-1] == eos_id
         if done.all() or position == max_new_tokens - 1:
             break
-        hidden = model(written[-1][:, None], silent=silent, positions=(length + position)[:, None], cache=cache)[:, 0]
+        hidden = model(written[-1][:, None], silent, (length + position)[:, None], cache, end=T + position + 1)[:, 0]
     rows = torch.stack(written, dim=1).tolist()
     return [row[: row.index(eos_id) + 1] if eos_id in row else row for row in rows]
 

@@ -187,9 +187,13 @@ def pick_device(name):
 # -------------------------------------------------------------------------------------------------------- evaluation
 
 
-def merged(method, name):
-    """A copy of the method's model with LoRA and REM folded into the weights, for the pathway `name`."""
-    return copy.deepcopy(method.model).merge(silent=method.pathways[name].silent).fuse()
+def merged(method, name, compiled=False):
+    """A copy of the method's model with LoRA and REM folded into the weights, for the pathway `name`; compiled: the first pass over a
+    prompt and the passes that follow it are a graph each, for one row and for several."""
+    model = copy.deepcopy(method.model).merge(silent=method.pathways[name].silent).fuse()
+    if compiled:
+        model.forward = torch.compile(model.forward, dynamic=True)
+    return model
 
 
 def latency(model, tokenizer, pathway, questions, max_new_tokens):
@@ -292,13 +296,15 @@ class Options:
     model: str = option("", "directory of the base weights, if not the one of the run")
     dtype: str = option("", "fp32 or bf16; as in the run where it is not given", choices=("", *DTYPES))
     device: str = option("auto", "cpu, cuda, or auto", choices=("auto", "cpu", "cuda"))
+    compile: bool = option(False, "torch.compile the model: a minute or so before the first answers, which then take less time")
     examples: str = option("", "file for one line of JSON for each problem and pathway")
     json: str = option("", "file for the figures as JSON")
 
 
 def evaluate_pathway(method, pathway_name, sets, options):
     """(figures, one dictionary a data set; records, one a problem) of one pathway. sets: name -> problems."""
-    model, tokenizer, pathway = merged(method, pathway_name), method.tokenizer, method.pathways[pathway_name]
+    model = merged(method, pathway_name, options.compile)
+    tokenizer, pathway = method.tokenizer, method.pathways[pathway_name]
     figures, records = [], []
     for name, problems in sets.items():
         timed = [problem.question for problem in problems[: options.latency]]

@@ -405,6 +405,7 @@ class Attention(nn.Module):
     def __init__(self, config, adapters, index, dtype=None, device=None):
         super().__init__()
         self.index, self.head_dim = index, config.head_dim
+        self.grouped = config.num_key_value_heads < config.num_attention_heads
         n, n_q = config.hidden_size, config.num_attention_heads * config.head_dim
         n_kv = config.num_key_value_heads * config.head_dim
         gpt2 = config.model_type == "gpt2"
@@ -432,8 +433,7 @@ class Attention(nn.Module):
             q, k = rotate(q, rope), rotate(k, rope)
         if cache is not None:
             k, v = cache.update(self.index, positions, k, v, end)  # [B, g, end, e]
-        y = F.scaled_dot_product_attention(q[:, :, tail:], k, v, mask, is_causal=mask is None,
-                                           enable_gqa=q.shape[1] != k.shape[1])  # fmt: skip
+        y = F.scaled_dot_product_attention(q[:, :, tail:], k, v, mask, is_causal=mask is None, enable_gqa=self.grouped)
         return self.o_proj(y.transpose(1, 2).reshape(B, T - tail, -1))
 
 
@@ -562,12 +562,13 @@ class Transformer(nn.Module):
         extra = F.embedding((ids - V).clamp(min=0), self.extra_rows).to(self.embed_tokens.dtype)
         return torch.where((ids >= V)[..., None], extra, F.embedding(ids.clamp(max=V - 1), self.embed_tokens))
 
-    def forward(self, ids, silent=False, positions=None, cache=None, at=None, tail=0):
+    def forward(self, ids, silent=False, positions=None, cache=None, at=None, tail=0, end=None):
         """ids [B, T], or the embeddings themselves [B, T, n], -> hidden states after the final norm [B, T - tail, n].
 
         silent: the ST pathway (REM on).
         positions [B, T]: each token's position in its row, for decoding with a cache; 0..T-1 where None.
         cache: a KVCache, to be written and read.
+        end: one more than the last of the positions, where it is known: to look it up, a GPU would have to be waited for.
         at [B] or [B, P]: indices within the rows; then also returns the output of every decoder layer there, before
         the final norm: (hidden, states [L, B, n] or [L, B, P, n]). Nothing else of the layers is kept.
         tail: the first index whose hidden state is asked for (not with positions, and `at` must not be below it); of the tokens
@@ -575,9 +576,11 @@ class Transformer(nn.Module):
         """
         B, T = ids.shape[:2]
         assert not (tail and positions is not None)
-        end, mask, where = T, None, torch.arange(T, device=ids.device)[None]
-        if positions is not None:
-            end, where = int(positions.max()) + 1, positions
+        mask, where = None, torch.arange(T, device=ids.device)[None]
+        if positions is None:
+            end = T
+        else:
+            end, where = end or int(positions.max()) + 1, positions
             mask = torch.arange(end, device=ids.device) <= positions[:, None, :, None]  # [B, 1, T, end]
         if end > self.config.max_position_embeddings:
             raise ValueError(f"a row of {end} tokens, but the model has {self.config.max_position_embeddings} positions")

@@ -1,6 +1,6 @@
 """The time to an answer: ours beside `transformers.generate`, on the same weights and prompts.
 
-    python tests/bench_answer.py --data FILE --tokenizer DIR [--model small] [--dtype bf16]
+    python tests/bench_answer.py --data FILE --tokenizer DIR [--model small] [--dtype bf16] [--compile]
 
 FILE: problems in GSM8K-Aug's format. The weights are random, so the lengths of answers are given: two tokens, for CoT as many more
 as the mean CoT and the separator have. First both must write the same tokens (in fp32); then they take turns. Milliseconds are
@@ -56,18 +56,22 @@ def main():
     parser.add_argument("--tokenizer", required=True, help="directory of the tokenizer")
     parser.add_argument("--model", default="demo", choices=("demo", "small", *LLAMAS), help="whose shapes")
     parser.add_argument("--dtype", default="fp32", choices=tuple(evaluation.DTYPES))
-    parser.add_argument("--questions", type=int, default=30, help="timed at batch 1; four batches are timed at batch 64")
+    parser.add_argument("--questions", type=int, default=30, help="timed at batch 1")
+    parser.add_argument("--batches", type=int, default=4, help="timed at batch 64")
+    parser.add_argument("--compile", action="store_true", help="ours: as the option of eval.py")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     config = SMALL if options.model == "small" else MODELS[options.model]
     config = dataclasses.replace(config, max_position_embeddings=4096, tie_word_embeddings=True,
                                  vocab_size=max(config.vocab_size, 2048))  # fmt: skip
-    problems, dtype = data.read_gsm8k_aug(options.data)[:256], evaluation.DTYPES[options.dtype]
+    problems, dtype = data.read_gsm8k_aug(options.data)[: 64 * options.batches], evaluation.DTYPES[options.dtype]
     tokenizer = Modulo(data.Tokenizer.from_pretrained(options.tokenizer), config.vocab_size)
     torch.manual_seed(0)
     model = Transformer(config, Adapters(), dtype, options.device).eval().merge()
     reference = hugging_face_model(model)
     model.fuse().merged = None  # with neither LoRA nor REM both pathways have the same weights
+    if options.compile:
+        model.forward = torch.compile(model.forward, dynamic=True)
     pathways = {"DART": dart.Pathway(n_fill=20, fill_id=tokenizer.reserved[0], silent=True), "No-CoT": dart.Pathway(),
                 "CoT": dart.Pathway(steps=True)}  # fmt: skip
     steps = [len(tokenizer.encode(" ".join(p.steps), bos=False, eos=False, continued=True)) for p in problems]
@@ -85,7 +89,7 @@ def main():
                 "ours": lambda batch: dart.generate(model, batch, pathway.silent, tokenizer.eos_id, new[name]),
                 "generate": lambda batch: generate(reference, batch, tokenizer.eos_id, new[name]),
             }
-            for batch in mixed[:4]:
+            for batch in mixed[:2]:
                 found = ways["ours"](batch)
                 assert all(len(row) == new[name] for row in found), "a random model that ends early: another seed"
                 assert options.dtype != "fp32" or found == ways["generate"](batch), f"{name}, batch {size}: not the same tokens"

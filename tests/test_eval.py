@@ -168,3 +168,25 @@ def test_the_time_to_an_answer_has_its_thoughts_in_it(monkeypatch):
     evaluation.latency(model, tokenizer, method.pathways["codi"], questions, 4)
     answers = dart.answer(model, tokenizer, method.pathways["codi"], questions, 4, batch_size=1)
     assert len(calls) == 3 * sum(answer.passes for answer in answers)  # as a warm-up, timed, and here
+
+
+@pytest.mark.parametrize("name", ["dart", "codi"])
+def test_compiled_answers_are_the_same(name, monkeypatch):
+    """For DART few graphs, none broken: prompt and next token, of one row and of several."""
+    options, tokenizer = dart.Options(method=name, lora_rank=0), data.demo_tokenizer()
+    torch.manual_seed(0)
+    method = dart.METHODS[name](Transformer(MODELS["demo"], dart.METHODS[name].adapters(tokenizer, options)), tokenizer, options)
+    graphs, real = [], torch.compile
+    how = {"backend": lambda graph, inputs: graphs.append(graph) or graph, "fullgraph": name == "dart"}
+    monkeypatch.setattr(torch, "compile", lambda function, **more: real(function, **how, **more))
+    questions = [problem.question for problem in data.demo_problems(0)["test"][:9]]
+    questions[3] = "sam has 7 pens ?"  # a shorter one
+    for pathway_name, pathway in method.pathways.items():
+        torch._dynamo.reset()
+        graphs.clear()
+        plain, compiled = (evaluation.merged(method, pathway_name, compiled) for compiled in (False, True))
+        for size in (1, 4, 3):
+            want, found = (dart.answer(model, tokenizer, pathway, questions, 5, size) for model in (plain, compiled))
+            assert found == want
+        assert graphs and (len(graphs) <= 6 or name == "codi")
+    torch._dynamo.reset()
