@@ -265,6 +265,7 @@ class Method(nn.Module):
         self.model, self.tokenizer, self.options = model, tokenizer, options
         V, rows = model.config.vocab_size, model.adapters.extra_rows
         self.special_ids = tuple(range(V, V + rows)) if rows else tokenizer.reserved[: self.special(options)]
+        self.fill_id = self.special_ids[0] if self.special_ids else -1
         self.drop = options.last_step == "drop" or (options.last_step == "auto" and self.drops_last_step)
         self.pathways = self.make_pathways()
 
@@ -333,7 +334,7 @@ class Pause(Method):
         return int(options.n_st > 0)
 
     def make_pathways(self):
-        return {"pause": Pathway(n_fill=self.options.n_st, fill_id=(*self.special_ids, -1)[0])}
+        return {"pause": Pathway(n_fill=self.options.n_st, fill_id=self.fill_id)}
 
 
 class CoT(Method):
@@ -408,7 +409,7 @@ class DART(Method):
 
     def make_pathways(self):
         return {"cot": Pathway(steps=True, drop_last_step=self.drop),
-                "st": Pathway(n_fill=self.options.n_st, fill_id=(*self.special_ids, -1)[0], silent=True)}  # fmt: skip
+                "st": Pathway(n_fill=self.options.n_st, fill_id=self.fill_id, silent=True)}  # fmt: skip
 
     def passes(self, run_pass, micro_batches):
         """All passes of the teacher, sigma over the whole batch, then all of the student. A detached teacher's graph is gone

@@ -628,7 +628,7 @@ def suite_runs(options, argv):
     return runs
 
 
-def tested(one, names, device):
+def evaluated(one, names, device):
     """{data set: figures} of a trained run, through the pathway that it answers through; kept in its test.json."""
     path = Path(one.out) / "test.json"
     figures = read_json(path) if path.is_file() else {}
@@ -645,7 +645,7 @@ def tested(one, names, device):
 def conclude_suite(options, runs, device):
     """The table of a suite for each data set: printed, and left in table.md and table.json of --out."""
     out, names, texts, tables = Path(options.out), options.test_data or (options.data,), [], {}
-    seeds = {row: [tested(one, names, device) | {"": read_json(Path(one.out) / "result.json")} for one in some]
+    seeds = {row: [evaluated(one, names, device) | {"": read_json(Path(one.out) / "result.json")} for one in some]
              for row, some in runs.items()}  # fmt: skip
     for name in names:
         paper = PAPER.get((options.suite, options.preset, name), ([None] * len(seeds),) * 2)
