@@ -457,10 +457,10 @@ class Answer(NamedTuple):
 
 
 @torch.no_grad()
-def generate(model, prompts, silent, eos_id, max_new_tokens, starts=None, thoughts=0):
-    """Greedy decoding. prompts: B lists of ids, of any lengths -> B lists of ids, each up to its EOS, which is included,
-    or max_new_tokens. What a row gets does not depend on the others. starts, thoughts: prompt b has as many continuous
-    thoughts, from the index starts[b] on."""
+def generate(model, tokenizer, pathway, prompts, max_new_tokens):
+    """Greedy decoding. prompts: B lists of ids, of any lengths, made by the pathway -> B lists of ids, each up to its EOS, which is
+    included, or max_new_tokens. What a row gets does not depend on the others."""
+    silent, eos_id = pathway.silent, tokenizer.eos_id
     if model.merged not in (None, "silent" if silent else "plain"):
         raise ValueError(f"the weights were merged for the {model.merged} pathway")
     device, B = model.embed_tokens.device, len(prompts)
@@ -468,8 +468,8 @@ def generate(model, prompts, silent, eos_id, max_new_tokens, starts=None, though
     T = int(length.max())
     ids = torch.tensor([prompt + [eos_id] * (T - len(prompt)) for prompt in prompts], device=device)
     cache = KVCache(model.config, B, T + max_new_tokens, model.compute_dtype, device)
-    if thoughts:
-        hidden, first, _ = think(model, ids, torch.tensor(starts, device=device), length, thoughts, cache)
+    if pathway.thoughts:
+        hidden, first, _ = think(model, ids, pathway.start(length, tokenizer), length, pathway.thoughts, cache)
     else:
         first = min(map(len, prompts)) - 1
         hidden = model(ids, silent=silent, cache=cache, tail=first)
@@ -494,9 +494,7 @@ def answer(model, tokenizer, pathway, questions, max_new_tokens=256, batch_size=
     model.eval()
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        starts = [pathway.start(len(prompts[i]), tokenizer) for i in chosen]
-        rows = generate(model, [prompts[i] for i in chosen], pathway.silent, tokenizer.eos_id, max_new_tokens, starts,
-                        pathway.thoughts)  # fmt: skip
+        rows = generate(model, tokenizer, pathway, [prompts[i] for i in chosen], max_new_tokens)
         for i, row in zip(chosen, rows, strict=True):
             text = tokenizer.decode(row[:-1] if row[-1] == tokenizer.eos_id else row)
             answers[i] = Answer(text, len(row) + pathway.thoughts)

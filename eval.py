@@ -205,8 +205,7 @@ def latency(model, tokenizer, pathway, questions, max_new_tokens):
     for i, prompt in enumerate(prompts[:5] + prompts):
         synchronise()
         start = time.perf_counter()
-        dart.generate(model, [prompt], pathway.silent, tokenizer.eos_id, max_new_tokens,
-                      [pathway.start(len(prompt), tokenizer)], pathway.thoughts)  # fmt: skip
+        dart.generate(model, tokenizer, pathway, [prompt], max_new_tokens)
         synchronise()
         if i >= len(prompts[:5]):
             seconds.append(time.perf_counter() - start)

@@ -86,7 +86,7 @@ def main():
             by_length = sorted(prompts, key=len)
             mixed, sorted_ = ([some[i : i + size] for i in range(0, len(some), size)] for some in (prompts, by_length))
             ways = {
-                "ours": lambda batch: dart.generate(model, batch, pathway.silent, tokenizer.eos_id, new[name]),
+                "ours": lambda batch: dart.generate(model, tokenizer, pathway, batch, new[name]),
                 "generate": lambda batch: generate(reference, batch, tokenizer.eos_id, new[name]),
             }
             for batch in mixed[:2]:

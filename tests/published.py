@@ -252,7 +252,7 @@ def test_stories260k_tells_its_story(tmp_path):
     stories260k(tmp_path)
     model, tokenizer = Transformer.from_pretrained(tmp_path), data.Tokenizer.from_pretrained(tmp_path)
     assert sum(p.numel() for p in model.parameters()) == 260_032
-    ids = dart.generate(model, [[tokenizer.bos_id]], False, tokenizer.eos_id, 90)[0]
+    ids = dart.generate(model, tokenizer, dart.Pathway(), [[tokenizer.bos_id]], 90)[0]
     assert tokenizer.decode(ids).startswith(STORY)
     story = tokenizer.encode(STORY, bos=False, eos=False)
     assert story == ids[: len(story)]  # the tokenizer finds the very pieces that the model wrote

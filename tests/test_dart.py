@@ -638,8 +638,7 @@ def test_batched_decoding_equals_slow_decoding(name):
         prompts = [pathway.prompt(question, TOKENIZER) for question in questions]
         with torch.no_grad():
             want = [slow_greedy(method.model, prompt, pathway, 20) for prompt in prompts]
-        starts = [pathway.start(len(prompt), TOKENIZER) for prompt in prompts]
-        assert dart.generate(method.model, prompts, pathway.silent, TOKENIZER.eos_id, 20, starts, pathway.thoughts) == want
+        assert dart.generate(method.model, TOKENIZER, pathway, prompts, 20) == want
         for size in (1, 3, 16):
             answers = dart.answer(method.model, TOKENIZER, pathway, questions, 20, batch_size=size)
             assert [a.passes for a in answers] == [len(ids) + pathway.thoughts for ids in want]
@@ -662,7 +661,7 @@ def test_a_model_merged_for_one_pathway_does_not_answer_through_the_other():
     method.model.merge(silent=True)
     prompt = method.pathways["cot"].prompt(PROBLEMS[0].question, TOKENIZER)
     with pytest.raises(ValueError, match="merged for the silent pathway"):
-        dart.generate(method.model, [prompt], False, TOKENIZER.eos_id, 4)
+        dart.generate(method.model, TOKENIZER, method.pathways["cot"], [prompt], 4)
 
 
 def test_dropout_is_off_when_answering():
