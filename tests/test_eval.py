@@ -56,7 +56,7 @@ def test_the_merged_run_answers_as_the_trained_one(a_run):
 def test_latency_times_each_question_once_after_a_warm_up(a_run, monkeypatch):
     method, _ = evaluation.load_run(a_run)
     calls = []
-    monkeypatch.setattr(evaluation.dart, "generate", lambda model, prompts, *_: calls.append(prompts))
+    monkeypatch.setattr(evaluation.dart, "generate", lambda model, tokenizer, pathway, prompts, limit: calls.append(prompts))
     pathway, questions = method.pathways["st"], ["sam has 7 pens ?"] * 9
     seconds = evaluation.latency(method.model, method.tokenizer, pathway, questions, 8)
     assert len(seconds) == 9 and len(calls) == 9 + 5 and all(len(prompts) == 1 for prompts in calls)
@@ -81,9 +81,9 @@ def test_figures_are_those_of_the_examples(a_run, tmp_path, monkeypatch):
     method, _ = evaluation.load_run(a_run)
     written = {"1": "1", "2": "2.0", "3": "no", "4": "4", "5": "6", "6": "6"}
 
-    def generate(model, prompts, silent, eos_id, limit, starts, thoughts):
+    def generate(model, tokenizer, pathway, prompts, limit):
         texts = [written[method.tokenizer.decode(prompt).split()[3]] for prompt in prompts]
-        return [[ord(c) for c in text] + [eos_id] for text in texts]
+        return [[ord(c) for c in text] + [tokenizer.eos_id] for text in texts]
 
     monkeypatch.setattr(evaluation.dart, "generate", generate)
     monkeypatch.setattr(evaluation.Tokenizer, "decode", lambda self, ids, old=evaluation.Tokenizer.decode: (
