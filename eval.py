@@ -188,11 +188,16 @@ def pick_device(name):
 
 
 def merged(method, name, compiled=False):
-    """A copy of the method's model with LoRA and REM folded into the weights, for the pathway `name`; compiled: the first pass over a
-    prompt and the passes that follow it are a graph each, for one row and for several."""
+    """A copy of the method's model with LoRA and REM folded into the weights, for the pathway `name`, `compile_forward`ed or not."""
     model = copy.deepcopy(method.model).merge(silent=method.pathways[name].silent).fuse()
-    if compiled:
-        model.forward = torch.compile(model.forward, dynamic=True)
+    return compile_forward(model) if compiled else model
+
+
+def compile_forward(model):
+    """torch.compile of a merged model: the first pass over a prompt and the passes that follow it are a graph each, for one row and for
+    several. As nothing of the model changes any more, it is not looked at again before each pass (where torch knows how to)."""
+    unguarded = getattr(torch.compiler, "skip_guard_on_all_nn_modules_unsafe", None)
+    model.forward = torch.compile(model.forward, dynamic=True, options=unguarded and {"guard_filter_fn": unguarded})
     return model
 
 

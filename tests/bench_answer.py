@@ -57,30 +57,31 @@ def main():
     parser.add_argument("--model", default="demo", choices=("demo", "small", *LLAMAS), help="whose shapes")
     parser.add_argument("--dtype", default="fp32", choices=tuple(evaluation.DTYPES))
     parser.add_argument("--questions", type=int, default=30, help="timed at batch 1")
-    parser.add_argument("--batches", type=int, default=4, help="timed at batch 64")
+    parser.add_argument("--batches", type=int, default=4, help="timed at batch 64; 0: none")
     parser.add_argument("--compile", action="store_true", help="ours: as the option of eval.py")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     config = SMALL if options.model == "small" else MODELS[options.model]
     config = dataclasses.replace(config, max_position_embeddings=4096, tie_word_embeddings=True,
                                  vocab_size=max(config.vocab_size, 2048))  # fmt: skip
-    problems, dtype = data.read_gsm8k_aug(options.data)[: 64 * options.batches], evaluation.DTYPES[options.dtype]
+    problems, dtype = data.read_gsm8k_aug(options.data), evaluation.DTYPES[options.dtype]
+    problems = problems[: max(options.questions, 64 * options.batches)]
     tokenizer = Modulo(data.Tokenizer.from_pretrained(options.tokenizer), config.vocab_size)
     torch.manual_seed(0)
     model = Transformer(config, Adapters(), dtype, options.device).eval().merge()
     reference = hugging_face_model(model)
     model.fuse().merged = None  # with neither LoRA nor REM both pathways have the same weights
     if options.compile:
-        model.forward = torch.compile(model.forward, dynamic=True)
+        evaluation.compile_forward(model)
     pathways = {"DART": dart.Pathway(n_fill=20, fill_id=tokenizer.reserved[0], silent=True), "No-CoT": dart.Pathway(),
                 "CoT": dart.Pathway(steps=True)}  # fmt: skip
     steps = [len(tokenizer.encode(" ".join(p.steps), bos=False, eos=False, continued=True)) for p in problems]
     new = {"DART": 2, "No-CoT": 2, "CoT": round(statistics.mean(steps)) + 4}
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     rate = bandwidth(options.device)
-    results, table = [], []
-    for size in (1, 64):
-        asked = problems[: options.questions if size == 1 else len(problems)]
+    results, table, sizes = [], [], (1, 64) if options.batches else (1,)
+    for size in sizes:
+        asked = problems[: options.questions if size == 1 else 64 * options.batches]
         for name, pathway in pathways.items():
             prompts = [pathway.prompt(problem.question, tokenizer) for problem in asked]
             by_length = sorted(prompts, key=len)
@@ -111,7 +112,7 @@ def main():
             table.append({key: f"{value:.2f}" if isinstance(value, float) else value for key, value in row.items()})
     print(evaluation.markdown(table))
     of = {(row["method"], row["batch"]): row["mean"] for row in results}
-    ratios = {f"{a} / {b}, batch {size}": of[a, size] / of[b, size] for size in (1, 64)
+    ratios = {f"{a} / {b}, batch {size}": of[a, size] / of[b, size] for size in sizes
               for a, b in (("DART", "No-CoT"), ("CoT", "DART"))}  # fmt: skip
     print(", ".join(f"{name}: {ratio:.2f}" for name, ratio in ratios.items()))
     print(json.dumps({"options": vars(options), "bandwidth": rate, "weights": weights, "rows": results, "ratios": ratios}))
