@@ -921,9 +921,20 @@ def one_line_errors():
     try:
         yield
     except (ValueError, OSError) as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        end(error, 2, show=os.environ.get("LOCAL_RANK", "0") == "0")
+
+
+def end(error, code, show=True):
+    if show:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def run_program(main):
+    try:
+        main()
+    except KeyboardInterrupt:
+        end("interrupted", 130)
 
 
 def main(argv=None):
@@ -948,4 +959,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

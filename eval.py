@@ -8,6 +8,7 @@ The first half (options from dataclasses, one-line errors, reading a run, Wilson
 """
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import json
@@ -22,7 +23,7 @@ import torch
 
 import dart
 from dart import option
-from data import DATASETS, Parser, Tokenizer, load, one_line_errors
+from data import DATASETS, Parser, Tokenizer, load, one_line_errors, run_program
 from model import ModelConfig, Transformer
 
 # ------------------------------------------------------------------------------- options and errors, for train.py, too
@@ -71,11 +72,34 @@ def read_json(path):
         raise ValueError(f"{path}: not JSON ({error})") from None
 
 
-def write_atomically(path, text):
-    """A reader sees the old file or the whole new one."""
+@contextlib.contextmanager
+def replacing(path):
+    """A name beside `path`, for a file to be written there; it takes the place of `path` when it is on the disk. Readers see the old file
+    or the whole new one, and where anything fails nothing is left of the new one."""
     temporary = Path(f"{path}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    with contextlib.suppress(OSError):  # there are file systems that cannot do this to a directory
+        _sync(Path(path).parent)
+
+
+def _sync(path):
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomically(path, text):
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 # -------------------------------------------------------------------------------------------------------- statistics
@@ -132,16 +156,18 @@ def read_run(directory):
         raise ValueError(f"{path}: not the configuration of a run ({error})") from None
 
 
-def load_run(directory, model_directory=None, device="cpu", dtype=None):
+def load_run(directory, model_directory=None, device="cpu", dtype=None, best=False):
     """(method, RunOptions) of a directory that train.py wrote, ready for evaluation.
 
-    model_directory: where the base weights are now, if not where they were; dtype: the run's where None.
+    model_directory: where the base weights are now, if not where they were; dtype: the run's where None; best: the weights that had the
+    best accuracy on the validation split, in place of the last ones.
     Raises FileNotFoundError or ValueError, naming the file.
     """
     directory = Path(directory)
     options, config = read_run(directory)
-    if not (directory / "adapter.safetensors").is_file():
-        raise FileNotFoundError(f"{directory}: nothing to load: the run has not written adapter.safetensors yet")
+    weights = directory / ("best.safetensors" if best else "adapter.safetensors")
+    if not weights.is_file():
+        raise FileNotFoundError(f"{directory}: nothing to load: the run has not written {weights.name} yet")
     dtype = DTYPES[dtype or options.dtype]
     tokenizer = Tokenizer.from_pretrained(directory)
     cls = dart.METHODS[options.method]
@@ -155,7 +181,7 @@ def load_run(directory, model_directory=None, device="cpu", dtype=None):
         model = Transformer.from_pretrained(base, adapters, dtype, device)
         if model.config != config:
             raise ValueError(f"{base}: not the model that {directory} was trained on")
-    model.load_adapter_state(directory / "adapter.safetensors", options.complete)
+    model.load_adapter_state(weights, options.complete)
     check_vocabulary(tokenizer, model)
     return cls(model, tokenizer, options).eval(), options
 
@@ -289,6 +315,7 @@ def suite_table(rows):
 @dataclass
 class Options:
     ckpt: str = option("", "directory of the run")
+    best: bool = option(False, "its weights with the best accuracy on the validation split, not its last ones")
     data: tuple = option((), "data sets: names, directories or files as for train.py; none: the run's own")
     data_dir: str = option("", "where the data sets lie, if not where they were in training")
     split: str = option("test", "which split of them", choices=("train", "valid", "test"))
@@ -338,7 +365,7 @@ def main(argv=None):
         for path in map(Path, filter(None, (options.json, options.examples))):
             if path.exists() or not path.parent.is_dir():
                 raise ValueError(f"{path}: " + ("exists already" if path.exists() else "its directory does not exist"))
-        method, run = load_run(options.ckpt, options.model, pick_device(options.device), options.dtype)
+        method, run = load_run(options.ckpt, options.model, pick_device(options.device), options.dtype, options.best)
         options.max_new_tokens = options.max_new_tokens or run.max_new_tokens
         options.pathway = options.pathway or (list(method.pathways)[-1],)
         if unknown := [name for name in options.pathway if name not in method.pathways]:
@@ -367,4 +394,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -3,12 +3,18 @@
     python train.py                                            the built-in task: DART beside No-CoT and PauseFT, minutes
     torchrun --nproc_per_node=8 train.py --preset llama-3.2-1b --model DIR --out DIR
 
-A run directory holds config.json (options, architecture, versions), adapter.safetensors (what was trained), the
-tokenizer, log.jsonl, result.json, and trainer.safetensors (all that --resume needs).
+A run directory holds config.json (options, architecture, versions), adapter.safetensors (what was trained) and best.safetensors
+(the same, where it was best on the validation split), the tokenizer, log.jsonl, result.json, and of the last checkpoints
+checkpoint-STEP.safetensors and .json (all that --resume needs).
+
+Exit codes: 0 done; 1 a fault stopped the training; 2 something given is wrong, nothing was begun; 130 and 143 SIGINT and SIGTERM
+stopped it, after saving.
 """
 
 import contextlib
 import dataclasses
+import fcntl
+import hashlib
 import json
 import math
 import multiprocessing
@@ -16,12 +22,16 @@ import os
 import re
 import resource
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,9 +44,9 @@ from torch.nn.parallel import DistributedDataParallel
 import dart
 import data
 from dart import option
-from data import Parser, one_line_errors
+from data import Parser, end, one_line_errors, run_program
 from eval import (DTYPES, RunOptions, check_room, check_vocabulary, compare_runs, evaluate_pathway, load_run, parse_options,
-                  pick_device, read_json, read_run, suite_table, write_atomically)  # fmt: skip
+                  pick_device, read_json, read_run, replacing, suite_table, write_atomically)  # fmt: skip
 from eval import Options as EvalOptions
 from model import MODELS, ModelConfig, Transformer
 
@@ -76,6 +86,9 @@ class Options(RunOptions):
     eval_size: int = option(500, "at most so many validation problems; 0: none, for data without a validation split")
     log_every: int = option(10, "steps between lines of the log", low=1)
     save_every: int = option(500, "steps between checkpoints", low=1)
+    save_minutes: float = option(10.0, "a checkpoint is also written where the last one is so many minutes old; 0: by steps alone")
+    keep_checkpoints: int = option(2, "so many of the last checkpoints are kept", low=1)
+    skip_nonfinite: int = option(0, "so many steps whose loss or gradient is not finite are left out before such a step ends the run")
     device: str = option("auto", "cpu, cuda, or auto", choices=("auto", "cpu", "cuda"))
 
 
@@ -161,6 +174,9 @@ def read_options(argv, method=None):
 # ------------------------------------------------------------------------------------------------- processes, folders
 
 
+PATIENCE = timedelta(minutes=10)  # so long a process waits for the others
+
+
 def start_processes(options):
     """(rank, number of processes, device). Under torchrun each process takes the GPU of its local rank."""
     device, rank, world = pick_device(options.device), 0, 1
@@ -171,9 +187,9 @@ def start_processes(options):
                 raise ValueError(f"a process for GPU {local}, but there are {torch.cuda.device_count()} on this machine")
             device = f"cuda:{local}"
             torch.cuda.set_device(device)
-            dist.init_process_group("nccl", device_id=torch.device(device))
+            dist.init_process_group("nccl", timeout=PATIENCE, device_id=torch.device(device))
         else:
-            dist.init_process_group("gloo")
+            dist.init_process_group("gloo", timeout=PATIENCE)
         rank, world = dist.get_rank(), dist.get_world_size()
     if options.batch_size % world:
         raise ValueError(f"--batch_size {options.batch_size} is not a multiple of the {world} processes")
@@ -181,13 +197,13 @@ def start_processes(options):
 
 
 # The files of a run beside config.json, which says what they are.
-RUN_FILES = ("adapter.safetensors", "trainer.safetensors", "log.jsonl", "result.json", "test.json", "table.md", "words.json",
-             "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "added_tokens.json",
-             "vocab.json", "merges.txt")  # fmt: skip
+RUN_FILES = ("adapter.safetensors", "best.safetensors", "log.jsonl", "result.json", "test.json", "table.md", "words.json",
+             "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "added_tokens.json", "vocab.json", "merges.txt",
+             "checkpoint-*")  # fmt: skip
 TRAIN_SAMPLE = 500  # so many training problems are answered for the table of a comparison
-# Options that may differ between a run and its resumption.
+# Options that may differ between a run and its resumption: they change no loss, but for rounding.
 FREE_TO_CHANGE = ("out", "resume", "overwrite", "compare", "device", "data_dir", "suite", "seeds", "jobs", "test_data",
-                  "activation_checkpointing")
+                  "activation_checkpointing", "micro_batch_size", "save_every", "save_minutes", "keep_checkpoints", "skip_nonfinite")
 
 
 def check_out(options):
@@ -197,7 +213,7 @@ def check_out(options):
     if out.exists():
         if not out.is_dir():
             raise ValueError(f"--out {out}: is not a directory")
-        inside = {path.name for path in out.iterdir()} - set(options.compare)
+        inside = {path.name for path in out.iterdir()} - {*options.compare, "config.json.tmp"}
     if not inside:
         return
     try:
@@ -214,14 +230,44 @@ def check_out(options):
         raise ValueError(f"--resume: the run in {out} was started with {listed}")
 
 
+def continue_after_restart(options):
+    """Where torchrun has started its processes anew, the run that they had begun is continued, whatever the command says."""
+    config = Path(options.out) / "config.json"
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and config.is_file():
+        if read_json(config).get("started_by") == started_by():
+            options.resume, options.overwrite = True, False
+
+
+def started_by():
+    """What a torchrun's processes have in common, on one machine."""
+    return f"{socket.gethostname()}, process {os.getppid()}"
+
+
+def lock(out):
+    """Makes the directory where it is not there. Returns a handle; while it is open, no other process gets one. ValueError where another
+    has it."""
+    Path(out).mkdir(parents=True, exist_ok=True)
+    handle = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise ValueError(f"--out {out}: another process is training in it") from None
+    except OSError:  # a file system without locks
+        pass
+    return handle
+
+
 def claim(run, world):
-    """Makes the checked directory that of this run, which has been prepared: nothing old is given up before. Stopped
+    """Makes the directory, checked and locked, that of this run, which has been prepared: nothing old is given up before. Stopped
     anywhere within, it leaves a directory that may be resumed or overwritten."""
-    out = Path(run.options.out)
-    out.mkdir(parents=True, exist_ok=True)
-    if not run.options.resume or not (out / "config.json").is_file():
-        for name in RUN_FILES:
-            (out / name).unlink(missing_ok=True)
+    options, out = run.options, Path(run.options.out)
+    check_out(options)
+    if options.resume and max(saved_steps(out), default=0) != run.progress.step:
+        raise ValueError(f"--out {out}: another process has trained in it meanwhile")
+    if not options.resume or not (out / "config.json").is_file():
+        for path in (path for name in RUN_FILES for end in ("", ".tmp") for path in out.glob(name + end)):
+            path.unlink()
         write_atomically(out / "config.json", json.dumps(describe(run, world), indent=1) + "\n")
     run.method.tokenizer.save(out)
 
@@ -235,49 +281,180 @@ def describe(run, world):
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
     config = dataclasses.asdict(run.method.model.config)
     return {"options": dataclasses.asdict(run.options), "model_config": config,
-            "versions": versions, "commit": commit, "processes": world}  # fmt: skip
+            "versions": versions, "commit": commit, "processes": world, "started_by": started_by()}  # fmt: skip
 
 
-def save_tensors(tensors, path, metadata):
-    """A safetensors file that is there as a whole or not at all."""
-    temporary = f"{path}.tmp"
-    save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, temporary, metadata)
-    os.replace(temporary, path)
+# -------------------------------------------------------------------------------------------------------- checkpoints
 
 
-def save_checkpoint(out, method, optimizer, step, complete, flops):
-    """trainer.safetensors: weights and optimizer state after `step` steps. The rest of a run's state is a function of
-    the step: learning rate, data position, and the random numbers, which are seeded at each step."""
-    tensors = dict(method.model.adapter_state(complete))
-    save_tensors(tensors, out / "adapter.safetensors", {"step": str(step)})
-    for name, parameter in method.model.named_parameters():
-        for moment in ("exp_avg", "exp_avg_sq"):
-            if parameter in optimizer.state:
-                tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment]
-    tensors["flops"] = torch.tensor(list(flops.values()), dtype=torch.float64)
-    tensors["optimizer_step"] = next(iter(optimizer.state.values()))["step"]  # since the optimizer started anew
-    save_tensors(tensors, out / "trainer.safetensors", {"step": str(step)})
+@dataclass
+class Progress:
+    """How far a run is. With weights and optimizer state it is all that the rest depends on, for learning rate, data position and
+    random numbers (seeded at each step) are functions of the step."""
+
+    step: int = 0
+    optimizer_step: int = 0  # since the optimizer started anew
+    skipped: int = 0  # steps that were left out, as their loss was not finite
+    best: float = -1.0  # the best accuracy on the validation split so far
+    tokens: int = 0  # useful ones, of all processes
+    seconds: float = 0.0  # of training
+    flops: dict = field(default_factory=dict)  # pathway -> floating-point operations
+
+
+def save_tensors(tensors, path, step):
+    """A safetensors file that is there as a whole or not at all. OSError where it cannot be written."""
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+    with replacing(path) as temporary:
+        try:
+            save_file(tensors, temporary, {"step": str(step)})
+        except SafetensorError as error:
+            raise OSError(f"{path}: {error}") from None
+
+
+def identity(method, problems, options):
+    """What a checkpoint is of, {field: value}: it is taken up by no other run."""
+    files = [] if options.random_init else sorted(Path(options.model).glob("*.safetensors"))
+    digests = {"base weights": digest(block for path in files for block in blocks(path)),
+               "tokenizer": digest(f"{name} {content}".encode() for name, content in method.tokenizer.files.items()),
+               "data": digest(repr(problem).encode() for problem in problems)}  # fmt: skip
+    config, adapters = map(dataclasses.asdict, (method.model.config, method.model.adapters))
+    return json.loads(json.dumps({"method": options.method, **config, **adapters, **digests}))
+
+
+def digest(parts):
+    sha = hashlib.sha256()
+    for part in parts:
+        sha.update(part)
+    return sha.hexdigest()
+
+
+def blocks(path):
+    with open(path, "rb") as file:
+        yield from iter(partial(file.read, 2**20), b"")
+
+
+def checkpoint_path(out, step):
+    return Path(out) / f"checkpoint-{step:08d}.json"
+
+
+def saved_steps(out):
+    """The steps of the checkpoints in a directory: those whose .json is there."""
+    names = (re.fullmatch(r"checkpoint-(\d{8,})\.json", path.name) for path in Path(out).glob("checkpoint-*"))
+    return sorted(int(name[1]) for name in names if name)
+
+
+def save_checkpoint(run):
+    """adapter.safetensors, checkpoint-STEP.safetensors (weights and optimizer state), and then the .json that makes it one: progress, what
+    run it is of, and the checksum of both. Older ones go. OSError where it cannot be written: then the others are still there."""
+    out, progress, state = Path(run.options.out), run.progress, run.optimizer.state
+    tensors = dict(run.method.model.adapter_state(run.options.complete))
+    save_tensors(tensors, out / "adapter.safetensors", progress.step)
+    for name, parameter in run.method.model.named_parameters():
+        if parameter in state:
+            tensors |= {f"{moment}.{name}": state[parameter][moment] for moment in ("exp_avg", "exp_avg_sq")}
+            progress.optimizer_step = int(state[parameter]["step"])
+    path = checkpoint_path(out, progress.step)
+    path.unlink(missing_ok=True)
+    save_tensors(tensors, path.with_suffix(".safetensors"), progress.step)
+    content = {**dataclasses.asdict(progress), "run": run.identity}
+    write_atomically(path, json.dumps({"checksum": checksum(path, content), **content}, indent=1) + "\n")
+    kept = saved_steps(out)[-run.options.keep_checkpoints :]
+    for old in out.glob("checkpoint-*"):
+        if not old.name.startswith(tuple(f"checkpoint-{step:08d}." for step in kept)):
+            old.unlink()
+
+
+def checksum(path, content):
+    return digest([json.dumps(content, sort_keys=True).encode(), *blocks(path.with_suffix(".safetensors"))])
+
+
+def read_checkpoint(path):
+    """(Progress, what run it is of) of a checkpoint-STEP.json and the tensors beside it. ValueError unless both are whole."""
+    try:
+        content = read_json(path)
+        if content.pop("checksum") != checksum(path, content):
+            raise ValueError("its checksum is another")
+        owner = content.pop("run")
+        return Progress(**content), owner
+    except (KeyError, TypeError, AttributeError, ValueError, FileNotFoundError) as error:
+        raise ValueError(f"{path}: damaged, or not all there ({error})") from None
 
 
 @torch.no_grad()
-def load_checkpoint(out, method, optimizer):
-    """Takes up the state that `save_checkpoint` left; returns its step and {pathway: FLOPs so far}, 0 where there is none."""
-    path, flops = out / "trainer.safetensors", dict.fromkeys(method.pathways, 0.0)
-    if not path.is_file():
-        return 0, flops
+def load_checkpoint(run):
+    """Takes up the newest checkpoint in the run's directory, where there is one. ValueError where it is damaged (with the newest whole
+    one's name) or of another run (with what differs)."""
+    steps = saved_steps(run.options.out)
+    if not steps:
+        return
+    path, *others = (checkpoint_path(run.options.out, step) for step in reversed(steps))
     try:
-        with safe_open(path, framework="pt") as file:
-            step, since = int(file.metadata()["step"]), file.get_tensor("optimizer_step")
-            flops = dict(zip(flops, file.get_tensor("flops").tolist(), strict=True))
-            for name, parameter in method.model.named_parameters():
-                if name in file.keys():
-                    parameter.copy_(file.get_tensor(name))
-                if parameter.requires_grad:
-                    moments = {m: file.get_tensor(f"{m}.{name}").to(parameter.device) for m in ("exp_avg", "exp_avg_sq")}
-                    optimizer.state[parameter] = {"step": since.to(parameter.device, copy=True), **moments}
-    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path}: not a whole checkpoint of this run ({error})") from None
-    return step, flops
+        progress, owner = read_checkpoint(path)
+    except ValueError as error:
+        for other in others:
+            with contextlib.suppress(ValueError):
+                read_checkpoint(other)
+                raise ValueError(f"{error}; {other.name} is whole: without the damaged one --resume goes on from there") from None
+        raise ValueError(f"{error}; there is no other: --overwrite starts anew") from None
+    if differing := [name for name in run.identity | owner if run.identity.get(name) != owner.get(name)]:
+        listed = ", ".join(f"{name} {owner.get(name)!r} (here {run.identity.get(name)!r})" for name in differing)
+        raise ValueError(f"{path}: is of another run: {listed}")
+    with safe_open(path.with_suffix(".safetensors"), framework="pt") as file:
+        for name, parameter in run.method.model.named_parameters():
+            if name in file.keys():
+                parameter.copy_(file.get_tensor(name))
+            if parameter.requires_grad and progress.optimizer_step:
+                moments = {m: file.get_tensor(f"{m}.{name}").to(parameter.device) for m in ("exp_avg", "exp_avg_sq")}
+                since = torch.tensor(float(progress.optimizer_step), device=parameter.device)
+                run.optimizer.state[parameter] = {"step": since, **moments}
+    run.progress = progress
+
+
+# ---------------------------------------------------------------------------------------------- faults and signals
+
+
+class Halt(Exception):
+    """The end of a training before its last step, in one line. code: the program's exit code; own: is it this process's alone?"""
+
+    def __init__(self, text, code=1, own=False):
+        super().__init__(text, code, own)
+        self.code, self.own = code, own
+
+    def __str__(self):
+        return self.args[0]
+
+
+RECEIVED = []  # signals, in this process
+
+
+@contextlib.contextmanager
+def heed_signals(also=lambda number: None):
+    """Within, SIGTERM and SIGINT are only noted, for the step to be finished and saved; a second SIGINT ends at once. also: is called
+    with the number of each."""
+
+    def note(number, _):
+        also(number)
+        if number == signal.SIGINT and number in RECEIVED:
+            raise KeyboardInterrupt
+        RECEIVED.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def explain(error, rank, world):
+    """A fault of the machine as a Halt; any other error itself."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error):
+        return Halt("out of memory: a smaller --micro_batch_size, --activation_checkpointing or --dtype bf16 need less; --resume goes on "
+                    "from the last checkpoint", own=True)  # fmt: skip
+    if world > 1 and (isinstance(error, dist.DistError) or re.search("gloo|nccl|connection|timed out", str(error), re.IGNORECASE)):
+        return Halt(f"process {rank} has lost the others of this run: one has ended, or did not answer in time ({error}); --resume, or "
+                    f"torchrun with --max-restarts, goes on from the last checkpoint", own=True)  # fmt: skip
+    return error
 
 
 # ---------------------------------------------------------------------------------------------------------- training
@@ -397,16 +574,21 @@ class Log:
     other runs beside. Rank 0 alone writes."""
 
     def __init__(self, path, rank, step, label):
+        """The lines up to the step stay, but its validation, which is done again."""
         self.path, self.rank, self.label, self.live = path, rank, label and f"{label}: ", sys.stdout.isatty() and not label
         if rank == 0:
             lines = path.read_text(encoding="utf-8").splitlines() if step and path.is_file() else []
-            write_atomically(path, "".join(line + "\n" for line in lines if 0 <= step_of(line) <= step))
+            lines = (line for line in lines if 0 <= step_of(line) <= step)
+            write_atomically(path, "".join(f"{line}\n" for line in lines if step_of(line) < step or "valid" not in json.loads(line)))
 
     def write(self, record, text, done=False):
         """A line for the file, and one for the screen, which the next one replaces unless it is `done`."""
         if self.rank == 0:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(record) + "\n")
+            try:
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(record) + "\n")
+            except OSError as error:
+                self.show(f"not in the log: {error}")
             self.show(text, done)
 
     def show(self, text, done=True):
@@ -428,9 +610,9 @@ class Run:
     rows: dict  # pathway -> list of Row, one for each of them, at the first stage
     lengths: np.ndarray  # [N, P] tokens of these rows
     valid: list
-    start: int
     steps: int
-    flops: dict  # pathway -> those of the steps before `start`
+    identity: dict
+    progress: Progress
 
 
 def prepare(options, device):
@@ -466,8 +648,11 @@ def prepare(options, device):
         asked = asked + train[:TRAIN_SAMPLE] + load(options, "test")
     check_room(method, asked, options.max_new_tokens)
     optimizer = make_optimizer(method.model, options)
-    start, flops = load_checkpoint(Path(options.out) if options.resume else Path(os.devnull), method, optimizer)
-    return Run(options, method, optimizer, train, rows, lengths, valid, start, steps, flops)
+    progress = Progress(flops=dict.fromkeys(method.pathways, 0.0))
+    run = Run(options, method, optimizer, train, rows, lengths, valid, steps, identity(method, train, options), progress)
+    if options.resume:
+        load_checkpoint(run)
+    return run
 
 
 def global_batches(run, first):
@@ -507,22 +692,41 @@ def make_micro_batches(run, step, batch, rank, world, device):
 
 
 def train(run, rank, world, device, label=""):
-    """The training loop. Leaves the run's files behind; returns what result.json says."""
-    options, method, optimizer, out = run.options, run.method, run.optimizer, Path(run.options.out)
+    """The training loop. Leaves the run's files behind; returns what result.json says. Raises Halt where it ends before its last step."""
+    options, method, optimizer, out, progress = run.options, run.method, run.optimizer, Path(run.options.out), run.progress
     wrapped = DistributedDataParallel(method) if world > 1 else method
     parameters = [p for p in method.parameters() if p.requires_grad]
-    log, meter = Log(out / "log.jsonl", rank, run.start, label), Meter(run, device)
+    log, meter, saved = Log(out / "log.jsonl", rank, progress.step, label), Meter(run, device), (progress.step, time.monotonic())
     eval_every = options.eval_every or len(run.lengths) // options.batch_size
 
-    def evaluation(step):
+    def evaluation():
         if not run.valid:
             return {}
-        accuracies = validate(method, run.valid, options, rank, world)
-        text = "  ".join(f"{name} {100 * share:.1f} %" for name, share in accuracies.items())
-        log.write({"step": step, "valid": accuracies}, f"step {step}  validation: {text}", done=True)
+        with meter.pause():
+            accuracies = validate(method, run.valid, options, rank, world)
+            text = "  ".join(f"{name} {100 * share:.1f} %" for name, share in accuracies.items())
+            log.write({"step": progress.step, "valid": accuracies}, f"step {progress.step}  validation: {text}", done=True)
+            if list(accuracies.values())[-1] > progress.best:
+                progress.best = list(accuracies.values())[-1]
+                if rank == 0:
+                    save("best.safetensors", save_tensors, method.model.adapter_state(options.complete), out / "best.safetensors",
+                         progress.step)  # fmt: skip
         return accuracies
 
-    for step, batch in enumerate(global_batches(run, run.start), run.start + 1):
+    def save(what, write, *arguments):
+        """Writes a file; where that fails, the training goes on until its last step. Returns whether it is there."""
+        try:
+            write(*arguments)
+        except OSError as error:
+            if progress.step == run.steps:
+                raise Halt(f"{what} could not be written ({error}); --resume goes on from step {saved[0]}", own=True) from None
+            log.show(f"step {progress.step}: {what} could not be written ({error}); the last checkpoint is of step {saved[0]}")
+            return False
+        return True
+
+    if progress.step and progress.step % eval_every == 0 and progress.step < run.steps:
+        evaluation()  # for what came after the checkpoint is lost
+    for step, batch in enumerate(global_batches(run, progress.step), progress.step + 1):
         micro_batches = make_micro_batches(run, step, batch, rank, world, device)
         if step > 1 and stage_of(run, step) != stage_of(run, step - 1):
             optimizer.state.clear()
@@ -533,28 +737,50 @@ def train(run, rank, world, device, label=""):
         torch.manual_seed(int(np.random.SeedSequence((options.seed, step, rank)).generate_state(1)[0]))  # for dropout
         losses = train_step(wrapped, method, micro_batches, len(batch) // world)
         norm = torch.nn.utils.clip_grad_norm_(parameters, options.grad_clip or math.inf)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(options, step - 1, run.steps)
-        optimizer.step()
+        finite = bool(torch.stack([norm, *losses.values()]).isfinite().all())
+        stop, bad = agree(world, device, (RECEIVED or [0])[0], not finite)
+        if bad:
+            text = f"step {step}: a loss or the gradient is not finite ({'  '.join(f'{k} {v:.3g}' for k, v in losses.items())}  |g| " \
+                   f"{norm:.3g}), problems {' '.join(map(str, batch))} of the training data"  # fmt: skip
+            if progress.skipped == options.skip_nonfinite:
+                raise Halt(f"{text}; nothing of it was saved: the last checkpoint is of step {saved[0]}")
+            progress.skipped += 1
+            log.write({"step": step, "skipped": batch.tolist()}, f"{text}: left out", done=True)
+        else:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(options, step - 1, run.steps)
+            optimizer.step()
         optimizer.zero_grad()
+        progress.step = step
         meter.count(micro_batches, world)
         last = step == run.steps
-        if step % options.log_every == 0 or last:
+        if not bad and (step % options.log_every == 0 or last):
             losses = {name: mean_over_processes(loss, world) for name, loss in losses.items()}
-            log.write(*meter.record(step, losses, norm.item(), optimizer.param_groups[0]["lr"]))
-        if step % options.save_every and step % eval_every and not last:
-            continue
-        with meter.pause():
-            if (step % options.save_every == 0 or last) and rank == 0:
-                save_checkpoint(out, method, optimizer, step, options.complete, meter.flops)
-            if step % eval_every == 0 and not last:
-                evaluation(step)
-    result = {"method": options.method, "steps": run.steps, **meter.totals(), "flops": meter.flops,
-              "valid": evaluation(run.steps),
+            log.write(*meter.record(losses, norm.item(), optimizer.param_groups[0]["lr"]))
+        old = options.save_minutes and time.monotonic() - saved[1] > 60 * options.save_minutes
+        if rank == 0 and (step % options.save_every == 0 or old or stop or last):
+            with meter.pause():
+                if save("the checkpoint", save_checkpoint, run):
+                    saved = step, time.monotonic()
+        if stop:
+            raise Halt(f"{signal.Signals(stop).name} after step {step}; --resume goes on from step {saved[0]}", 128 + stop)
+        if step % eval_every == 0 and not last:
+            evaluation()
+    result = {"method": options.method, "steps": run.steps, **meter.totals(), "flops": progress.flops,
+              "valid": evaluation(), "skipped": progress.skipped,
               "trained_parameters": sum(p.numel() for p in parameters)}  # fmt: skip
     if rank == 0:
         write_atomically(out / "result.json", json.dumps(result, indent=1) + "\n")
     return result
+
+
+def agree(world, device, *flags):
+    """The largest of each flag over the processes."""
+    if world == 1:
+        return flags
+    flags = torch.tensor(flags, dtype=torch.int64, device=device)
+    dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return flags.tolist()
 
 
 def mean_over_processes(value, world):
@@ -564,12 +790,11 @@ def mean_over_processes(value, world):
 
 
 class Meter:
-    """Speed, padding and memory of the training since the start or the resumption of a run."""
+    """Speed, padding and memory of the training; padding and memory since the start or the resumption."""
 
     def __init__(self, run, device):
-        self.run, self.device, self.began = run, device, time.perf_counter()
-        self.tokens = self.mine = self.padded = 0
-        self.flops = dict(run.flops)
+        self.run, self.device, self.began = run, device, time.perf_counter() - run.progress.seconds
+        self.mine = self.padded = 0
         reset_peak_memory(device)
 
     @contextlib.contextmanager
@@ -578,26 +803,28 @@ class Meter:
         if torch.device(self.device).type == "cuda":
             torch.cuda.synchronize()
         before = time.perf_counter()
+        self.run.progress.seconds = before - self.began
         yield
         self.began += time.perf_counter() - before
 
     def count(self, micro_batches, world):
+        progress = self.run.progress
         for micro in micro_batches:
             self.mine += micro["tokens"]
-            self.tokens += micro["tokens"] * world  # the other processes' rows are of about the same lengths
+            progress.tokens += micro["tokens"] * world  # the other processes' rows are of about the same lengths
             self.padded += sum(micro[name].ids.numel() for name in self.run.rows)
             for name, flops in micro["flops"].items():
-                self.flops[name] += flops * world
+                progress.flops[name] += flops * world
 
     def totals(self):
         seconds = time.perf_counter() - self.began
-        return {"seconds": seconds, "tokens_per_s": self.tokens / seconds, "peak_memory": peak_memory(self.device),
+        return {"seconds": seconds, "tokens_per_s": self.run.progress.tokens / seconds, "peak_memory": peak_memory(self.device),
                 "padding": 1 - self.mine / max(self.padded, 1)}  # fmt: skip
 
-    def record(self, step, losses, norm, lr):
+    def record(self, losses, norm, lr):
         """(dictionary for log.jsonl, line for the screen)"""
-        totals, steps = self.totals(), self.run.steps
-        left = totals["seconds"] / (step - self.run.start) * (steps - step)
+        totals, step, steps = self.totals(), self.run.progress.step, self.run.steps
+        left = totals["seconds"] / step * (steps - step)
         text = "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
         text = (f"step {step}/{steps}  {text}  lr {lr:.1e}  |g| {norm:.2f}  {totals['tokens_per_s']:,.0f} tokens/s  "
                 f"padding {100 * totals['padding']:.1f} %  peak {totals['peak_memory'] / 2**30:.2f} GiB  "
@@ -684,41 +911,66 @@ def draw_figure2(tables, path):
 
 
 def train_one(options, rank, world, device, label=""):
-    """Prepares, claims the directory, trains. Returns what result.json says, of a finished run just that; or the error of a user that
-    keeps it from beginning."""
+    """Prepares, claims the directory, trains. Returns what result.json says, of a finished run just that; or what keeps it from
+    beginning (ValueError, OSError) or from its end (Halt)."""
+    handle = None
     try:
-        finished = Path(options.out) / "result.json"
-        if options.resume and finished.is_file():
-            return read_json(finished)
-        run = prepare(options, device)
-        if world > 1:
-            dist.barrier()  # rank 0 changes the directory when all have read what they need of it
-        if rank == 0:
-            claim(run, world)
-            print(f"\n{options.method}: {run.steps} steps of {options.batch_size} of the {len(run.lengths)} problems, "
-                  f"in {options.out}; {run.method.tokenizer}\n", end="", flush=True)  # fmt: skip
-    except (ValueError, OSError) as error:
-        return error
-    return train(run, rank, world, device, label)
+        try:
+            finished = Path(options.out) / "result.json"
+            if options.resume and finished.is_file():
+                return read_json(finished)
+            if RECEIVED:
+                raise Halt(f"{signal.Signals(RECEIVED[0]).name} before the start", 128 + RECEIVED[0])
+            run = prepare(options, device)
+            if world > 1:
+                dist.barrier()  # rank 0 changes the directory when all have read what they need of it
+            if rank == 0:
+                handle = lock(options.out)
+                claim(run, world)
+                print(f"\n{options.method}: {run.steps} steps of {options.batch_size} of the {len(run.lengths)} problems, "
+                      f"in {options.out}; {run.method.tokenizer}\n", end="", flush=True)  # fmt: skip
+        except (ValueError, OSError) as error:
+            return error
+        with heed_signals():
+            result = train(run, rank, world, device, label)
+            if world > 1:
+                dist.barrier()
+            return result
+    except (Halt, RuntimeError, MemoryError) as error:
+        if isinstance(halt := explain(error, rank, world), Halt):
+            return halt
+        raise
+    finally:
+        if handle is not None:
+            os.close(handle)
 
 
 def train_side_by_side(runs, out, jobs):
     """Trains runs in processes of their own, so many at a time, the last one first, as it takes longest in a comparison; yields what
-    `train_one` returns. They share the cores."""
+    `train_one` returns. They share the cores, and the signals."""
+
+    def pass_on(number):  # the terminal sends SIGINT to all processes, others only to this one
+        for child in multiprocessing.active_children():
+            os.kill(child.pid, signal.SIGKILL if number == signal.SIGINT and number in RECEIVED else signal.SIGTERM)
+
     threads, context = max(1, torch.get_num_threads() // jobs), multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, context, torch.set_num_threads, (threads,)) as pool:
+    with heed_signals(pass_on), ProcessPoolExecutor(jobs, context, torch.set_num_threads, (threads,)) as pool:
         labels = [one.method if one.out == out else str(Path(one.out).relative_to(out)) for one in runs]
         futures = [pool.submit(train_one, one, 0, 1, "cpu", label) for one, label in zip(runs[::-1], labels[::-1], strict=True)]
         try:
-            for future in futures[::-1]:
-                yield future.result()
+            for result in (future.result() for future in futures[::-1]):
+                if RECEIVED and isinstance(result, Halt):
+                    result.code = 128 + RECEIVED[0]  # whatever was passed on
+                yield result
         except BrokenProcessPool:
-            yield OSError("a run was killed, for lack of memory perhaps: with --jobs 1 they go on one after the other")
+            yield Halt("a run was killed, for lack of memory perhaps: with --jobs 1 they go on one after the other, with --resume from "
+                       "their last checkpoints", 128 + RECEIVED[0] if RECEIVED else 1)  # fmt: skip
         finally:
             pool.shutdown(cancel_futures=True)
 
 
 def main(argv=None):
+    RECEIVED.clear()
     with one_line_errors():
         options = read_options(argv)
         rank, world, device = start_processes(options)
@@ -728,15 +980,21 @@ def main(argv=None):
             for name in options.compare
         ] + [options]
         for one in runs:
+            continue_after_restart(one)
             check_out(one)
     jobs = min(len(runs), options.jobs or torch.get_num_threads()) if device == "cpu" and world == 1 else 1
     one_by_one = (train_one(one, rank, world, device) for one in runs)
     for result in train_side_by_side(runs, options.out, jobs) if jobs > 1 else one_by_one:
+        if isinstance(result, Halt):
+            if world > 1 and not result.own:
+                dist.barrier()  # rank 0 may still be saving
+                dist.destroy_process_group()
+            end(result, result.code, show=rank == 0 or result.own)
         if isinstance(result, Exception):
             with one_line_errors():
                 raise result
     if world > 1:
-        dist.barrier()
+        dist.barrier()  # without it a process sometimes aborts at its end
         dist.destroy_process_group()
     if rank == 0 and suite:
         conclude_suite(options, suite, device)
@@ -745,4 +1003,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

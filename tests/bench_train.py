@@ -82,7 +82,7 @@ class Ours:
         rows = {name: [pathway.row(problem, tokenizer) for problem in problems] for name, pathway in method.pathways.items()}
         lengths = np.array([[len(row.ids) for row in some] for some in rows.values()]).T
         optimizer = train.make_optimizer(model, self.options)
-        self.run = train.Run(self.options, method, optimizer, problems, rows, lengths, [], 0, 1, {})
+        self.run = train.Run(self.options, method, optimizer, problems, rows, lengths, [], 1, {}, train.Progress())
         self.parameters = [p for p in method.parameters() if p.requires_grad]
 
     def backward(self, batch):
