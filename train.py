@@ -380,6 +380,12 @@ def read_checkpoint(path):
         raise ValueError(f"{path}: damaged, or not all there ({error})") from None
 
 
+def is_whole(path):
+    with contextlib.suppress(ValueError):
+        return bool(read_checkpoint(path))
+    return False
+
+
 @torch.no_grad()
 def load_checkpoint(run):
     """Takes up the newest checkpoint in the run's directory, where there is one. ValueError where it is damaged (with the newest whole
@@ -391,11 +397,10 @@ def load_checkpoint(run):
     try:
         progress, owner = read_checkpoint(path)
     except ValueError as error:
-        for other in others:
-            with contextlib.suppress(ValueError):
-                read_checkpoint(other)
-                raise ValueError(f"{error}; {other.name} is whole: without the damaged one --resume goes on from there") from None
-        raise ValueError(f"{error}; there is no other: --overwrite starts anew") from None
+        whole = next(filter(is_whole, others), None)
+        how = f"{whole.name} is whole: without the damaged one --resume goes on from there" if whole else \
+              "there is no other: --overwrite starts anew"  # fmt: skip
+        raise ValueError(f"{error}; {how}") from None
     if differing := [name for name in run.identity | owner if run.identity.get(name) != owner.get(name)]:
         listed = ", ".join(f"{name} {owner.get(name)!r} (here {run.identity.get(name)!r})" for name in differing)
         raise ValueError(f"{path}: is of another run: {listed}")
@@ -720,7 +725,7 @@ def train(run, rank, world, device, label=""):
         except OSError as error:
             if progress.step == run.steps:
                 raise Halt(f"{what} could not be written ({error}); --resume goes on from step {saved[0]}", own=True) from None
-            log.show(f"step {progress.step}: {what} could not be written ({error}); the last checkpoint is of step {saved[0]}")
+            log.show(f"step {progress.step}: {what} could not be written ({error}); going on, and --resume would from step {saved[0]}")
             return False
         return True
 
@@ -741,9 +746,9 @@ def train(run, rank, world, device, label=""):
         stop, bad = agree(world, device, (RECEIVED or [0])[0], not finite)
         if bad:
             text = f"step {step}: a loss or the gradient is not finite ({'  '.join(f'{k} {v:.3g}' for k, v in losses.items())}  |g| " \
-                   f"{norm:.3g}), problems {' '.join(map(str, batch))} of the training data"  # fmt: skip
+                   f"{norm:.3g}), problems {' '.join(map(str, batch))} (the first one is 0)"  # fmt: skip
             if progress.skipped == options.skip_nonfinite:
-                raise Halt(f"{text}; nothing of it was saved: the last checkpoint is of step {saved[0]}")
+                raise Halt(f"{text}; nothing of it was saved, --resume goes on from step {saved[0]}")
             progress.skipped += 1
             log.write({"step": step, "skipped": batch.tolist()}, f"{text}: left out", done=True)
         else:
