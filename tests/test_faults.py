@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -341,6 +342,12 @@ def test_another_base_model_in_the_same_place_is_refused(tmp_path, capsys):
     damage(base / "model.safetensors", (base / "model.safetensors").stat().st_size - 2)
     assert run(tmp_path / "run", *more, "--resume") == 2
     assert "base weights '" in capsys.readouterr().err
+
+
+def test_no_file_is_read_by_what_could_run_code():
+    for name in ("dart.py", "model.py", "data.py", "train.py", "eval.py"):
+        source = (ROOT / name).read_text()
+        assert not re.search(r"pickle|torch\.(load|save)\b|\b(exec|__import__|marshal|shelve)\b|(?<!\.)\beval\(|allow_pickle", source), name
 
 
 # ------------------------------------------------------------------------------------------ checkpoints, by and by
