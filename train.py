@@ -457,8 +457,6 @@ def explain(error, rank, world):
         return Halt("out of memory: a smaller --micro_batch_size, --activation_checkpointing or --dtype bf16 need less; --resume goes on "
                     "from the last checkpoint", own=True)  # fmt: skip
     if world > 1 and (isinstance(error, dist.DistError) or re.search("gloo|nccl|connection|timed out", str(error), re.IGNORECASE)):
-        if int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
-            time.sleep(20)  # torchrun gives a machine up after 15 s without a sign of life; a restart before would count on it
         return Halt(f"process {rank} has lost the others of this run: one has ended, or did not answer in time ({error}); --resume, or "
                     f"torchrun with --max-restarts, goes on from the last checkpoint", own=True)  # fmt: skip
     return error
