@@ -374,8 +374,11 @@ def read_checkpoint(path):
         content = read_json(path)
         if content.pop("checksum") != checksum(path, content):
             raise ValueError("its checksum is another")
-        owner = content.pop("run")
-        return Progress(**content), owner
+        owner, progress, fresh = dict(content.pop("run")), Progress(**content), vars(Progress())
+        odd = [name for name, value in vars(progress).items() if type(value) is not type(fresh[name])]
+        if odd or not all(type(value) is float for value in progress.flops.values()):
+            raise ValueError(f"{(odd or ['flops'])[0]} is not what it must be")
+        return progress, owner
     except (KeyError, TypeError, AttributeError, ValueError, FileNotFoundError) as error:
         raise ValueError(f"{path}: damaged, or not all there ({error})") from None
 
@@ -404,15 +407,26 @@ def load_checkpoint(run):
     if differing := [name for name in run.identity | owner if run.identity.get(name) != owner.get(name)]:
         listed = ", ".join(f"{name} {owner.get(name)!r} (here {run.identity.get(name)!r})" for name in differing)
         raise ValueError(f"{path}: is of another run: {listed}")
-    with safe_open(path.with_suffix(".safetensors"), framework="pt") as file:
-        for name, parameter in run.method.model.named_parameters():
-            if name in file.keys():
-                parameter.copy_(file.get_tensor(name))
-            if parameter.requires_grad and progress.optimizer_step:
-                moments = {m: file.get_tensor(f"{m}.{name}").to(parameter.device) for m in ("exp_avg", "exp_avg_sq")}
-                since = torch.tensor(float(progress.optimizer_step), device=parameter.device)
-                run.optimizer.state[parameter] = {"step": since, **moments}
+    if progress.step != steps[-1] or progress.flops.keys() != run.progress.flops.keys():
+        raise ValueError(f"{path}: is of step {progress.step}, and of {', '.join(progress.flops)}")
+    try:
+        with safe_open(path.with_suffix(".safetensors"), framework="pt") as file:
+            for name, parameter in run.method.model.named_parameters():
+                if parameter.requires_grad or name in file.keys():
+                    parameter.copy_(_like(parameter, file.get_tensor(name)))
+                if parameter.requires_grad and progress.optimizer_step:
+                    moments = {m: _like(parameter, file.get_tensor(f"{m}.{name}")) for m in ("exp_avg", "exp_avg_sq")}
+                    since = torch.tensor(float(progress.optimizer_step), device=parameter.device)
+                    run.optimizer.state[parameter] = {"step": since, **moments}
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{path.with_suffix('.safetensors')}: not the tensors of this run ({error})") from None
     run.progress = progress
+
+
+def _like(parameter, tensor):
+    if tensor.shape != parameter.shape or tensor.dtype != parameter.dtype:
+        raise ValueError(f"{tensor.dtype} {list(tensor.shape)} in the place of {parameter.dtype} {list(parameter.shape)}")
+    return tensor.to(parameter.device)
 
 
 # ---------------------------------------------------------------------------------------------- faults and signals
