@@ -44,7 +44,7 @@ class Options:
     the README's table."""
 
     method: str = option("dart", "training method", choices=("dart", "cot", "no-cot", "pause", "icot", "coconut", "codi"))
-    n_st: int = option(20, "number C of silent tokens (dart, pause)")
+    n_st: int = option(20, "number C of silent tokens (dart, pause)", high=10_000)
     last_step: str = option("auto", "the last step of the CoT in training; auto: dart and codi drop it, the others keep it",
                             choices=("auto", "drop", "keep"))  # fmt: skip
     distill_weight: float = option(20.0, "lambda of equation (5) (dart, codi); 0 leaves the distillation out")
@@ -53,15 +53,16 @@ class Options:
     distill_at: str = option("z_N", "tokens whose states are compared: the separator's last, the answer's first, or the "
                              "separator's last and the answer with EOS", choices=("z_N", "y_1", "z_N+Y"))  # fmt: skip
     attach_teacher: bool = option(False, "let the distillation loss train the CoT pathway, too (dart, codi)")
-    lora_rank: int = option(128, "LoRA rank on q, k, v, o (codi: in the MLP, too); 0: no LoRA, all weights are trained")
+    lora_rank: int = option(128, "LoRA rank on q, k, v, o (codi: in the MLP, too); 0: no LoRA, all weights are trained",
+                           high=8192)  # fmt: skip
     lora_alpha: float = option(32.0, "LoRA is scaled by lora_alpha / lora_rank")
     lora_dropout: float = option(0.1, "dropout on LoRA's input", high=0.99)
-    rem_rank: int = option(128, "rank d of REM (dart); 0: no REM")
+    rem_rank: int = option(128, "rank d of REM (dart); 0: no REM", high=8192)
     rem_alpha: float = option(32.0, "REM is scaled by rem_alpha / rem_rank")
     rem_is_lora: bool = option(False, "a second LoRA on k and v, in the ST pathway only, in place of REM (dart)")
-    n_thoughts: int = option(6, "continuous thoughts (codi)", low=1)
-    thoughts_per_step: int = option(2, "continuous thoughts for each step that is left out (coconut)", low=1)
-    max_stage: int = option(3, "stages that each leave out one step more, before all are left out (coconut)", low=1)
+    n_thoughts: int = option(6, "continuous thoughts (codi)", low=1, high=1000)
+    thoughts_per_step: int = option(2, "continuous thoughts for each step that is left out (coconut)", low=1, high=1000)
+    max_stage: int = option(3, "stages that each leave out one step more, before all are left out (coconut)", low=1, high=1000)
     epochs_per_stage: float = option(3.0, "epochs of a stage (coconut)", low=0.001)
     removal_per_epoch: float = option(8.0, "tokens of the CoT removed in an epoch (icot)", low=0.001)
     removal_smoothing: float = option(4.0, "k more tokens are removed from a row with a probability that falls as "

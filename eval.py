@@ -24,7 +24,7 @@ import torch
 import dart
 from dart import option
 from data import DATASETS, Parser, Tokenizer, load, one_line_errors, run_program
-from model import ModelConfig, Transformer
+from model import ModelConfig, Transformer, tensors_of
 
 # ------------------------------------------------------------------------------- options and errors, for train.py, too
 
@@ -68,7 +68,7 @@ def check_options(options):
 def read_json(path):
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error})") from None
 
 
@@ -152,7 +152,7 @@ def read_run(directory):
     try:
         values = {field.name: saved["options"].get(field.name, field.default) for field in dataclasses.fields(RunOptions)}
         return check_options(RunOptions(**values)), ModelConfig(**saved["model_config"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: not the configuration of a run ({error})") from None
 
 
@@ -164,24 +164,26 @@ def load_run(directory, model_directory=None, device="cpu", dtype=None, best=Fal
     Raises FileNotFoundError or ValueError, naming the file.
     """
     directory = Path(directory)
+    stored = directory / ("best.safetensors" if best else "adapter.safetensors")
     options, config = read_run(directory)
-    weights = directory / ("best.safetensors" if best else "adapter.safetensors")
-    if not weights.is_file():
-        raise FileNotFoundError(f"{directory}: nothing to load: the run has not written {weights.name} yet")
+    if not stored.is_file():
+        raise FileNotFoundError(f"{directory}: nothing to load: the run has not written {stored.name} yet")
     dtype = DTYPES[dtype or options.dtype]
     tokenizer = Tokenizer.from_pretrained(directory)
     cls = dart.METHODS[options.method]
     adapters = cls.adapters(tokenizer, options)
+    outline = Transformer.outline(config, adapters, len(tensors_of(stored)))
+    outline.load_adapter_state(stored, options.complete)  # compares, before memory is taken
     if options.complete:
         model = Transformer(config, adapters, torch.float32, device, compute_dtype=dtype, random_init=False)
     else:
         base = model_directory or options.model
         if not Path(base).is_dir():
             raise FileNotFoundError(f"{base}: no such directory; --model says where the base weights are")
-        model = Transformer.from_pretrained(base, adapters, dtype, device)
-        if model.config != config:
+        if ModelConfig.from_pretrained(base) != config:
             raise ValueError(f"{base}: not the model that {directory} was trained on")
-    model.load_adapter_state(weights, options.complete)
+        model = Transformer.from_pretrained(base, adapters, dtype, device)
+    model.load_adapter_state(stored, options.complete)
     check_vocabulary(tokenizer, model)
     return cls(model, tokenizer, options).eval(), options
 

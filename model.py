@@ -11,9 +11,11 @@ tensors; modules go by Llama's names there, GPT-2's, too, whose fused c_attn is 
 
 import json
 import math
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +25,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 # ---------------------------------------------------------------------------------------------------- configuration
+
+# The largest values of a configuration: far beyond any model's, and their products are numbers of 64 bits.
+MOST = dict(vocab_size=2**24, hidden_size=2**20, intermediate_size=2**22, num_hidden_layers=2**10, num_attention_heads=2**14,
+            num_key_value_heads=2**14, head_dim=2**14, max_position_embeddings=2**31 - 1)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -69,11 +75,10 @@ class ModelConfig:
     def __post_init__(self):
         if self.model_type not in ("llama", "qwen2", "gpt2"):
             raise ValueError(f"model_type {self.model_type!r} is not one of llama, qwen2, gpt2")
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                     "num_key_value_heads", "head_dim", "max_position_embeddings"):  # fmt: skip
+        for name, most in MOST.items():
             value = getattr(self, name)
-            if type(value) is not int or not 1 <= value < 2**31:
-                raise ValueError(f"{name} is {value!r}, not a whole number from 1 to 2147483647")
+            if type(value) is not int or not 1 <= value <= most:
+                raise ValueError(f"{name} is {value!r}, not a whole number from 1 to {most}")
         for name, value in {"norm_eps": self.norm_eps, "rope_theta": self.rope_theta, **(self.rope_scaling or {})}.items():
             if type(value) not in (int, float) or not 0 < value < 1e30:
                 raise ValueError(f"{name} is {value!r}, not a positive number")
@@ -129,6 +134,8 @@ def _read_gpt2(raw):
     _expect(raw, activation_function=("gelu_new", "gelu_pytorch_tanh"), scale_attn_weights=(True,),
             scale_attn_by_inverse_layer_idx=(False,), add_cross_attention=(False,), quantization_config=(None,))  # fmt: skip
     n, heads = raw["n_embd"], raw["n_head"]
+    if type(n) is not int or type(heads) is not int:  # a text % heads could be of any length
+        raise ValueError(f"n_embd {n!r} or n_head {heads!r} is not a whole number")
     if n % heads:
         raise ValueError(f"n_embd {n} is not a multiple of n_head {heads}")
     return ModelConfig(
@@ -318,7 +325,8 @@ def dropout(x, p):
 
 
 def _uniform(rows, fan_in, device):  # the initialisation that LoRA's authors use for A
-    return torch.empty(rows, fan_in, device=device).uniform_(-1, 1) / math.sqrt(fan_in)
+    values = torch.empty(rows, fan_in, device=device)
+    return values if values.is_meta else values.uniform_(-1, 1) / math.sqrt(fan_in)
 
 
 class Norm(nn.Module):
@@ -378,6 +386,7 @@ class KVCache:
     """
 
     def __init__(self, config, rows, length, dtype=torch.float32, device=None):
+        length = min(length, config.max_position_embeddings)  # a longer row is refused by `Transformer.forward`
         shape = (rows, length, config.num_key_value_heads, config.head_dim)
         self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.v = [torch.zeros_like(k) for k in self.k]
@@ -484,12 +493,13 @@ class Transformer(nn.Module):
 
     dtype: that of the base weights and of the computation (`compute_dtype`, where it is to differ: weights that are
     themselves trained stay in fp32). LoRA and REM are always fp32. The base is frozen where there is LoRA.
-    random_init=False leaves the base weights for the caller to fill.
+    random_init=False leaves the base weights for the caller to fill. ValueError where there is not so much memory.
     """
 
     def __init__(self, config, adapters=Adapters(), dtype=torch.float32, device=None, compute_dtype=None,
                  random_init=True):  # fmt: skip
         super().__init__()
+        _check_memory(config, adapters, dtype, device)
         self.config, self.adapters, self.compute_dtype = config, adapters, compute_dtype or dtype
         self.merged = None  # after merge(): 'silent' or 'plain', the pathway that the weights now are
         self.plain, self.compiled = False, None  # see be_plain(), compile()
@@ -519,11 +529,19 @@ class Transformer(nn.Module):
 
         Raises FileNotFoundError or ValueError, naming the file and the field or tensor.
         """
-        config = ModelConfig.from_pretrained(directory)
+        config, files = ModelConfig.from_pretrained(directory), _weight_files(directory)
+        _load_base(cls.outline(config, adapters, len(files)), files, directory)  # compares, before memory is taken
         model = cls(config, adapters, dtype, device, compute_dtype, random_init=False)
-        _load_base(model, directory)
+        _load_base(model, files, directory)
         model.init_extra_rows()
         return model
+
+    @classmethod
+    def outline(cls, config, adapters, tensors):
+        """The model without its numbers (on the device 'meta'), to be compared with the headers of files of so many tensors. Of more
+        layers than these could fill there is only the first."""
+        layers = min(config.num_hidden_layers, tensors + 1)
+        return cls(replace(config, num_hidden_layers=layers), adapters, device="meta", random_init=False)
 
     @torch.no_grad()
     def init_weights(self):
@@ -676,13 +694,16 @@ class Transformer(nn.Module):
         return {name: p.detach() for name, p in self.named_parameters() if complete or p.requires_grad or name == "extra_rows"}
 
     def load_adapter_state(self, path, complete=False):
-        """Reads a safetensors file of `adapter_state`. Raises ValueError for a missing, extra or mis-shaped tensor."""
-        own, stored = self.adapter_state(complete), _tensor_names(path)
+        """Reads a safetensors file of `adapter_state`; on the device 'meta' only compares its header. Raises ValueError for a
+        missing, extra or mis-shaped tensor."""
+        own, stored = self.adapter_state(complete), tensors_of(path)
         if odd := sorted(set(stored) ^ set(own)):
             raise ValueError(f"{path}: {odd[0]} and {len(odd) - 1} other tensors are on one side only: the file is "
                              f"of a model with other adapters")  # fmt: skip
         for name, tensor in own.items():
-            _copy(tensor, path, name)
+            _check(tensor, stored[name])
+        for name, tensor in own.items():
+            _copy(tensor, stored[name])
 
 
 # ----------------------------------------------------------------------------------------------------------- loading
@@ -718,16 +739,27 @@ def _open_safetensors(path):
         raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
 
 
-def _tensor_names(path):
+class Stored(NamedTuple):
+    """A tensor as a safetensors file's header has it; dtype: F32 and the like."""
+
+    path: Path
+    name: str
+    shape: list
+    dtype: str
+
+
+def tensors_of(path):
+    """{tensor name: Stored} of a safetensors file. FileNotFoundError, or ValueError with the path."""
     with _open_safetensors(path) as file:
-        return list(file.keys())
+        parts = {name: file.get_slice(name) for name in file.keys()}
+        return {name: Stored(path, name, part.get_shape(), part.get_dtype()) for name, part in parts.items()}
 
 
 def _weight_files(directory):
-    """{tensor name: the file that holds it}, of model.safetensors, or of the shards that an index lists."""
+    """{tensor name: Stored}, of model.safetensors, or of the shards that an index lists."""
     path = Path(directory) / "model.safetensors"
     if path.is_file():
-        return dict.fromkeys(_tensor_names(path), path)
+        return tensors_of(path)
     index = Path(f"{path}.index.json")
     if not index.is_file():
         raise FileNotFoundError(f"{path}: no such file, nor {index.name} (weights in other formats are not read)")
@@ -736,31 +768,56 @@ def _weight_files(directory):
         paths = {shard: index.with_name(shard) for shard in sorted(set(listed.values()))}
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ValueError(f"{index}: not an index of files beside it ({error!r})") from None
+    files = {}
     for shard, path in paths.items():
-        if odd := {name for name in listed if listed[name] == shard} ^ set(_tensor_names(path)):
+        stored = tensors_of(path)
+        if odd := {name for name in listed if listed[name] == shard} ^ set(stored):
             raise ValueError(f"{index}: {min(odd)} is in {shard} or in its list here, but not in both")
-    return {name: paths[shard] for name, shard in listed.items()}
+        files |= stored
+    return files
+
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+def _check(parameter, stored, third=None):
+    """ValueError unless a stored tensor (or that third of its last dimension) can be the parameter's value."""
+    want = list(parameter.shape) if third is None else [*parameter.shape[:-1], 3 * parameter.shape[-1]]
+    if stored.shape != want:
+        raise ValueError(f"{stored.path}: {stored.name} has the shape {stored.shape}, the configuration asks for {want}")
+    if stored.dtype not in FLOATS:
+        raise ValueError(f"{stored.path}: {stored.name} is {stored.dtype}, not a floating-point tensor ({', '.join(FLOATS)})")
 
 
 @torch.no_grad()
-def _copy(parameter, path, name, third=None):
-    """parameter <- a file's tensor (or that third of its last dimension). The file is mapped for this tensor alone, or the
+def _copy(parameter, stored, third=None):
+    """parameter <- a stored tensor that was checked; nothing on the device 'meta'. The file is mapped for this tensor alone, or the
     pages of all that was read before would count as memory in use."""
-    with _open_safetensors(path) as file:
-        part, want, size = file.get_slice(name), list(parameter.shape), parameter.shape[-1]
-        if third is not None:
-            want[-1] *= 3
-        if part.get_shape() != want:
-            raise ValueError(f"{path}: {name} has the shape {part.get_shape()}, the configuration asks for {want}")
-        part = part[:] if third is None else part[..., third * size : (third + 1) * size]
-    if not part.is_floating_point():
-        raise ValueError(f"{path}: {name} is {part.dtype}, not a floating-point tensor")
-    parameter.copy_(part)
+    if parameter.is_meta:
+        return
+    with _open_safetensors(stored.path) as file:
+        part, size = file.get_slice(stored.name), parameter.shape[-1]
+        parameter.copy_(part[:] if third is None else part[..., third * size : (third + 1) * size])
 
 
-def _load_base(model, directory):
-    """Fills the base weights; every tensor in the directory's files is used, or known to say nothing new."""
-    files = _weight_files(directory)
+def _check_memory(config, adapters, dtype, device):
+    """ValueError where the machine, or the GPU, has less memory than the weights take."""
+    device = torch.device(device or "cpu")
+    if device.type == "meta":
+        return
+    one = Transformer(replace(config, num_hidden_layers=1), adapters, dtype, "meta", random_init=False)
+    whole, layer = (sum(p.numel() * p.element_size() for p in module.parameters()) for module in (one, one.layers))
+    need = whole + (config.num_hidden_layers - 1) * layer
+    gpu = device.type == "cuda"
+    have = torch.cuda.mem_get_info(device)[1] if gpu else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if need > have:
+        raise ValueError(f"the weights of this configuration take {need / 2**30:.1f} GiB, more than the {have / 2**30:.1f} GiB "
+                         f"of the {'GPU' if gpu else 'machine'}")  # fmt: skip
+
+
+def _load_base(model, files, directory):
+    """Fills the base weights from the directory's `_weight_files`, or only compares them with the headers, on the device 'meta'.
+    Every tensor is used, or known to say nothing new."""
     prefix = "transformer." if model.config.model_type == "gpt2" else "model."
     stored, used = {}, set()
     for name in files:
@@ -769,22 +826,25 @@ def _load_base(model, directory):
     for name, parameter, third in _checkpoint_names(model):
         if name not in stored:
             raise ValueError(f"{directory}: the tensor {'' if name == 'lm_head.weight' else prefix}{name} is missing")
-        _copy(parameter, files[stored[name]], stored[name], third)
+        _check(parameter, files[stored[name]], third)
+        _copy(parameter, files[stored[name]], third)
         used.add(name)
     ignorable = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # causal masks, rope: computed here
     for name in stored.keys() - used:
-        path, tied = files[stored[name]], name == "lm_head.weight" and model.config.tie_word_embeddings
-        if tied and not _same(model.embed_tokens, path, stored[name]):
-            raise ValueError(f"{path}: {name} is not the embedding, though tie_word_embeddings is true")
+        tensor, tied = files[stored[name]], name == "lm_head.weight" and model.config.tie_word_embeddings
+        if tied and not _same(model.embed_tokens, tensor):
+            raise ValueError(f"{tensor.path}: {name} is not the embedding, though tie_word_embeddings is true")
         if not tied and not name.endswith(ignorable):
-            raise ValueError(f"{path}: the tensor {stored[name]} has no place in this model")
+            raise ValueError(f"{tensor.path}: the tensor {tensor.name} has no place in this model")
 
 
-def _same(parameter, path, name, rows=8192):
-    """Is a file's tensor the parameter [V, n]? Some rows are read at a time."""
-    for start in range(0, len(parameter), rows):
-        with _open_safetensors(path) as file:
-            part, mine = file.get_slice(name)[start : start + rows], parameter[start : start + rows]
-        if part.shape != mine.shape or not torch.equal(part.to(mine), mine):
+def _same(parameter, stored, rows=8192):
+    """Is a stored tensor the parameter [V, n]? Some rows are read at a time; on the device 'meta' shape and type are all."""
+    if stored.shape != list(parameter.shape) or stored.dtype not in FLOATS:
+        return False
+    for start in range(0, 0 if parameter.is_meta else len(parameter), rows):
+        with _open_safetensors(stored.path) as file:
+            part, mine = file.get_slice(stored.name)[start : start + rows], parameter[start : start + rows]
+        if not torch.equal(part.to(mine), mine):
             return False
     return True
