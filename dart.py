@@ -88,8 +88,12 @@ class Pathway:
     thoughts: int = 0  # ... so many continuous thoughts (their places hold the first mark's id, which is not read there)
 
     def prompt(self, question, tokenizer):
-        """The ids before the first one that the model writes itself."""
-        ids = tokenizer.encode(normalise(question), bos=True, eos=False) + [self.fill_id] * self.n_fill
+        """The ids before the first one that the model writes itself. ValueError for a question that is empty, or that the
+        tokenizer cannot encode."""
+        asked = tokenizer.encode(normalise(question), bos=True, eos=False)
+        if len(asked) == (tokenizer.bos_id is not None):
+            raise ValueError(f"the question is empty: {question[:60]!r}")
+        ids = asked + [self.fill_id] * self.n_fill
         if self.marks:
             ids += [self.marks[0]] * (1 + self.thoughts) + [self.marks[1]]
         return ids if self.steps else ids + self.separator(tokenizer)
@@ -361,7 +365,7 @@ class ICoT(Method):
         if stage == ALL:
             return self.pathways[name]
         smoothing = self.options.removal_smoothing
-        ahead = int(-np.log1p(-draw) / smoothing) if smoothing else 0
+        ahead = int(min(-np.log1p(-draw) / smoothing, ALL)) if smoothing else 0
         return Pathway(steps=True, drop_last_step=self.drop, skip_tokens=stage + ahead)
 
     def make_pathways(self):

@@ -105,6 +105,16 @@ def _problem(where, question, steps, answer):
     return problem
 
 
+STEP = re.compile(r"(<<.+?(?:>>|$))", re.MULTILINE)  # one without an end goes to the end of its line: none is read twice
+
+
+def _cut_steps(text):
+    """(the steps <<...>> of a text, the rest of it)"""
+    rest, found = (STEP.split(text)[start::2] for start in (0, 1))
+    steps = [part for part in found if len(part) > 4 and part.endswith(">>")]
+    return steps, "".join(rest + [part for part in found if len(part) <= 4 or not part.endswith(">>")])
+
+
 def read_gsm8k_aug(path):
     """A file of GSM8K-Aug (Deng et al. 2023): one problem a line, `question||<<step>> <<step>> #### answer`.
 
@@ -116,9 +126,10 @@ def read_gsm8k_aug(path):
         steps, hashes, answer = rest.rpartition("####")
         if not bar or not hashes:
             raise ValueError(f"{path}:{number}: not of the form 'question||<<step>> <<step>> #### answer'")
-        if left := re.sub(r"<<.+?>>", "", steps).strip():
+        steps, left = _cut_steps(steps)
+        if left := left.strip():
             raise ValueError(f"{path}:{number}: {left[:40]!r} is not in a step of the form <<...>>")
-        problems.append(_problem(f"{path}:{number}", question, re.findall(r"<<.+?>>", steps), answer))
+        problems.append(_problem(f"{path}:{number}", question, steps, answer))
     return problems
 
 
@@ -167,7 +178,7 @@ def _field(where, record, name, *kinds, many=False, default=None):
 def gsm8k(get):
     """GSM8K (Cobbe et al. 2021): the solution's calculations are the steps, as in GSM8K-Aug."""
     solution, hashes, answer = get("answer", str).rpartition("####")
-    return get("question", str), re.findall(r"<<.+?>>", solution), answer if hashes else ""
+    return get("question", str), _cut_steps(solution)[0], answer if hashes else ""
 
 
 def gsm_hard(get):
@@ -318,7 +329,7 @@ def demo_chance(problems):
 
 # ----------------------------------------------------------------------------------------------------------- scoring
 
-NUMBER = re.compile(r"(?:(?<![\d).])-)?(?:\d+ (?=\d+/\d))?(?:\d+\.?\d*|(?<![\w.])\.\d+)(?:[eE][-+]?\d+)?(?: ?/ ?\d+)?")
+NUMBER = re.compile(r"(?:(?<![\d).])-)?(?:\d+ (?=\d+/\d))?(?:\d+(?:\.\d*)?|(?<![\w.])\.\d+)(?:[eE][-+]?\d+)?(?: ?/ ?\d+)?")
 LETTER = re.compile(r"(?:.*\b(?i:answer is|answer):?)?\W*([A-Z])(?:\W*|(?:\s*[.:)\n]|\s+-\s)(?!.*\b[A-Z]\b).*)", re.DOTALL)
 
 
@@ -382,6 +393,7 @@ LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{
                   r"\s*[\r\n]+|\s+(?!\S)|\s+")  # fmt: skip
 QWEN2_PATTERN = LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
 LLAMA3_RANKS = 128_000
+LONGEST = 500_000  # characters of a text: tiktoken's patterns break down beyond a million blanks in a row
 RESERVED = ("<|reserved_special_token_0|>", "<|reserved_special_token_1|>")  # stand for <st> and the like where they are
 
 
@@ -439,6 +451,7 @@ class SentencePiece:
         except RuntimeError:
             raise ValueError("neither lines 'base64 rank' (Llama 3) nor a SentencePiece model (Llama 2)") from None
         self.decode, self.size = self.start.decode, self.start.vocab_size()
+        self.decode(list(range(self.size)))  # ValueError where a piece is no text
 
     def encode(self, text, continued):
         return (self.go_on if continued else self.start).encode(text)
@@ -471,7 +484,7 @@ class Tokenizer:
                     return read(files)
                 except KeyError as error:
                     raise ValueError(f"{directory}: {' with '.join(names)}: the field {error} is missing") from None
-                except (ValueError, TypeError, AttributeError, IndexError) as error:
+                except (ValueError, TypeError, AttributeError, IndexError, RecursionError) as error:
                     raise ValueError(f"{directory}: {' with '.join(names)}: {error}") from None
         raise FileNotFoundError(f"{directory}: no tokenizer: {', nor '.join(' with '.join(names) for names, _ in READERS)}")
 
@@ -486,7 +499,15 @@ class Tokenizer:
 
     def encode(self, text, *, bos, eos, continued=False):
         """list of ids. bos and eos have no default, so that neither is forgotten nor doubled; a tokenizer without a BOS
-        puts none. Names of special tokens inside the text are text. continued: other text stands right before this."""
+        puts none. Names of special tokens inside the text are text. continued: other text stands right before this.
+
+        Raises ValueError for a text that has no ids here, holds half a character, or is longer than LONGEST characters."""
+        if len(text) > LONGEST:
+            raise ValueError(f"a text of {len(text)} characters, but at most {LONGEST} are read: {text[:60]!r}")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"the text holds half a character (a lone surrogate): {text[:60]!r}") from None
         ids = self.backend.encode(text, continued)
         return [self.bos_id] * (bos and self.bos_id is not None) + ids + [self.eos_id] * eos
 
@@ -516,6 +537,7 @@ def _words(files):
     words = _json(files, "words.json")
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words) or len(set(words)) < len(words):
         raise ValueError("not a list of different strings")
+    "".join(words).encode()  # ValueError where one holds half a character
     if "<bos>" not in words or "<eos>" not in words:
         raise ValueError("<bos> or <eos> is missing")
     ids = {word: i for i, word in enumerate(words)}
@@ -633,6 +655,8 @@ def _ranks(vocab, merges, ignore_merges=False):
     token's bytes come to that token through them; or where (ignore_merges: Hugging Face, too, takes such a piece as it is)
     every way to split the token is among the merges. Raises ValueError otherwise.
     """
+    if sum(len(token) ** 2 for token in vocab) > 2**26:  # far beyond any vocabulary; the time below goes with it
+        raise ValueError("the tokens are too long")
     byte_of, last, pairs = _spelling(), -1, set(merges)
     for number, pair in enumerate(merges):
         union = "".join(pair)

@@ -80,7 +80,7 @@ class ModelConfig:
             if type(value) is not int or not 1 <= value <= most:
                 raise ValueError(f"{name} is {value!r}, not a whole number from 1 to {most}")
         for name, value in {"norm_eps": self.norm_eps, "rope_theta": self.rope_theta, **(self.rope_scaling or {})}.items():
-            if type(value) not in (int, float) or not 0 < value < 1e30:
+            if type(value) not in (int, float) or not 0 < value < 2**63:
                 raise ValueError(f"{name} is {value!r}, not a positive number")
         if not isinstance(self.tie_word_embeddings, bool):
             raise ValueError(f"tie_word_embeddings is {self.tie_word_embeddings!r}, not true or false")
