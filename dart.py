@@ -365,7 +365,7 @@ class ICoT(Method):
         if stage == ALL:
             return self.pathways[name]
         smoothing = self.options.removal_smoothing
-        ahead = int(min(-np.log1p(-draw) / smoothing, ALL)) if smoothing else 0
+        ahead = int(min(float(-np.log1p(-draw)) / smoothing, ALL)) if smoothing else 0
         return Pathway(steps=True, drop_last_step=self.drop, skip_tokens=stage + ahead)
 
     def make_pathways(self):

@@ -538,8 +538,8 @@ class Transformer(nn.Module):
 
     @classmethod
     def outline(cls, config, adapters, tensors):
-        """The model without its numbers (on the device 'meta'), to be compared with the headers of files of so many tensors. Of more
-        layers than these could fill there is only the first."""
+        """The model without its numbers (on the device 'meta'), to be compared with the headers of files that hold so many
+        tensors. Of more layers than these could fill, there is one."""
         layers = min(config.num_hidden_layers, tensors + 1)
         return cls(replace(config, num_hidden_layers=layers), adapters, device="meta", random_init=False)
 
@@ -791,8 +791,8 @@ def _check(parameter, stored, third=None):
 
 @torch.no_grad()
 def _copy(parameter, stored, third=None):
-    """parameter <- a stored tensor that was checked; nothing on the device 'meta'. The file is mapped for this tensor alone, or the
-    pages of all that was read before would count as memory in use."""
+    """parameter <- a stored tensor that was checked; nothing on the device 'meta'. The file is mapped for this tensor alone,
+    or the pages of all that was read before would count as memory in use."""
     if parameter.is_meta:
         return
     with _open_safetensors(stored.path) as file:
