@@ -2,7 +2,6 @@
 one line and exit code 2), soon, in little memory, and nothing is written. CPU, no network."""
 
 import base64
-import base64
 import contextlib
 import copy
 import dataclasses
@@ -32,59 +31,16 @@ from data import Tokenizer
 from model import MODELS, Adapters, ModelConfig, Transformer
 
 FIXTURES = Path(__file__).parent / "fixtures"
-INPUTS = dict(train=300, eval=300, data=300, config=800, model=800, tokenizer=800, problems=1200, run=400, question=300)
+INPUTS = dict(train=300, eval=300, data=300, config=800, model=800, tokenizer=800, problems=1200, run=400, question=300, checkpoint=300)
 SECONDS, MEMORY = 20, 2**30  # that an input may take: far more than any does
 
 # ------------------------------------------------------------------------------------------------------------ mutations
 
 DEEP = [f"@{depth}@" for depth in (3, 500, 880, 930, 945, 955, 960, 965, 970, 975, 980, 985, 990, 100_000)]  # lists within lists
 VALUES = [
-    None,
-    True,
-    False,
-    0,
-    1,
-    -1,
-    2,
-    3,
-    7,
-    2**20,
-    2**30,
-    2**31 - 1,
-    2**31,
-    2**63,
-    2**64,
-    10**30,
-    10**400,
-    0.5,
-    -1.5,
-    1e-300,
-    1e308,
-    float("nan"),
-    float("inf"),
-    "",
-    "x",
-    "32",
-    "llama",
-    "../x",
-    "..",
-    "/etc/passwd",
-    "a/b",
-    "\x00",
-    "\ud800",
-    "%999999999d",
-    "{}",
-    "\n",
-    "é" * 300,
-    "z" * 70_000,
-    [],
-    {},
-    [None],
-    [[]],
-    {"": None},
-    {"type": "x"},
-    [1, "a"],
-    *DEEP,
+    None, True, False, 0, 1, -1, 2, 3, 7, 2**20, 2**30, 2**31 - 1, 2**31, 2**63, 2**64, 10**30, 10**400, 0.5, -1.5, 1e-300,
+    1e308, float("nan"), float("inf"), "", "x", "32", "llama", "../x", "..", "/etc/passwd", "a/b", "\x00", "\ud800",
+    "%999999999d", "{}", "\n", "é" * 300, "z" * 70_000, [], {}, [None], [[]], {"": None}, {"type": "x"}, [1, "a"], *DEEP,
 ]
 
 
@@ -151,17 +107,7 @@ def change_bytes(rng, content):
                     b'"',
                     b"{",
                     b"[" * 2000,
-                    b"\n",
-                    b" ",
-                    b"9" * 5000,
-                    b"||",
-                    b"####",
-                    b"<<" * 30,
-                    b"\xed\xa0\x80",
-                    b"\\ud800",
-                    b"-",
-                    b"NaN",
-                    b"1e999",
+                    b"\n", b" ", b"9" * 5000, b"||", b"####", b"<<" * 30, b"\xed\xa0\x80", b"\\ud800", b"-", b"NaN", b"1e999",
                 ]
             )
         elif rng.random() < 0.3:
@@ -214,14 +160,8 @@ def change_parsed(rng, content):
         )
         more = rng.choice(
             [
-                {},
-                {name: tensor.to(dtype)},
-                {name: tensor * float("nan")},
-                {name + "x": tensor},
-                {name: tensor[..., :0]},
-                {name: tensor[..., None].clone()},
-                {name: tensor.sum()},
-                {"lm_head.weight": tensor.clone(), name: tensor},
+                {}, {name: tensor.to(dtype)}, {name: tensor * float("nan")}, {name + "x": tensor}, {name: tensor[..., :0]},
+                {name: tensor[..., None].clone()}, {name: tensor.sum()}, {"lm_head.weight": tensor.clone(), name: tensor},
             ]
         )
         tensors |= more
@@ -341,32 +281,9 @@ def arguments(rng, options):
     for field in rng.sample(options, rng.choice([1, 1, 2, 5])):
         fitting = [field.default] * 12 if rng.random() < 0.7 else []
         values = [
-            *fitting,
-            *(field.metadata.get("choices") or ()),
-            "",
-            "-",
-            "--",
-            "1e9",
-            "nan",
-            "-inf",
-            "x" * 5000,
-            "9" * 5000,
-            "\x00",
-            "\ud800",
-            "%s",
-            "@/etc/passwd",
-            "../x",
-            "１２",
-            "0x10",
-            " 1",
-            "1_0",
-            *range(-1, 3),
-            2**31,
-            2**63,
-            10**30,
-            0.5,
-            1e308,
-            1e-320,
+            *fitting, *(field.metadata.get("choices") or ()), "", "-", "--", "1e9", "nan", "-inf", "x" * 5000, "9" * 5000,
+            "\x00", "\ud800", "%s", "@/etc/passwd", "../x", "１２", "0x10", " 1", "1_0", *range(-1, 3), 2**31, 2**63, 10**30, 0.5,
+            1e308, 1e-320,
         ]
         flag = rng.choice(["--"] * 12 + ["-", "---", "", "--no-"]) + field.name[: rng.choice([None] * 8 + [3])]
         more = [str(value) for value in rng.choices(values, k=rng.choice([0, 1, 1, 1, 1, 2]))]
@@ -392,24 +309,8 @@ def test_the_command_line_of_data(place, capsys, monkeypatch):
     monkeypatch.setattr(data, "demo_problems", functools.cache(data.demo_problems))
     rng = random.Random("data")
     words = [
-        "stats",
-        "stats",
-        "svamp",
-        "demo",
-        "gsm8k",
-        "/etc/passwd",
-        "..",
-        "",
-        "\x00",
-        "é",
-        "--tokenizer",
-        "--data_dir",
-        str(place),
-        "-x",
-        "--",
-        "x" * 5000,
-        str(FIXTURES / "tokenizer-gpt2"),
-        str(FIXTURES / "llama" / "model.safetensors"),
+        "stats", "stats", "svamp", "demo", "gsm8k", "/etc/passwd", "..", "", "\x00", "é", "--tokenizer", "--data_dir",
+        str(place), "-x", "--", "x" * 5000, str(FIXTURES / "tokenizer-gpt2"), str(FIXTURES / "llama" / "model.safetensors"),
     ]
     codes = []
     for _ in range(INPUTS["data"]):
@@ -428,10 +329,7 @@ def test_the_command_line_of_data(place, capsys, monkeypatch):
 
 def test_configurations(place):
     fuzz_directory(
-        "config",
-        [FIXTURES / name for name in ("llama", "qwen2", "gpt2", "gpt2-untied")],
-        place,
-        ModelConfig.from_pretrained,
+        "config", [FIXTURES / name for name in ("llama", "qwen2", "gpt2", "gpt2-untied")], place, ModelConfig.from_pretrained,
         "config",
     )
 
@@ -472,15 +370,8 @@ def read_tokenizer(directory):
 def sentencepiece_model():
     proto, lines = io.BytesIO(), ["Answer: 12 <<3*4=12>> and the question is how many she has left"] * 20
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines),
-        model_writer=proto,
-        model_type="bpe",
-        vocab_size=310,
-        byte_fallback=True,
-        split_digits=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        minloglevel=2,
+        sentence_iterator=iter(lines), model_writer=proto, model_type="bpe", vocab_size=310, byte_fallback=True,
+        split_digits=True, normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
     )
     return proto.getvalue()
 
@@ -566,9 +457,36 @@ def runs(tmp_path_factory):
     save_file(adapted.adapter_state(), root / "adapters" / "adapter.safetensors")
     saved = {"options": dataclasses.asdict(options), "model_config": dataclasses.asdict(config)}
     (root / "adapters" / "config.json").write_text(json.dumps(saved))
-    for name in ("result.json", "log.jsonl", "trainer.safetensors", "test.json"):
-        (root / "demo" / name).unlink(missing_ok=True)
+    for path in (path for name in ("result.json", "log.jsonl", "best.safetensors", "checkpoint-*") for path in (root / "demo").glob(name)):
+        path.unlink()
     return [root / "demo", root / "adapters"]
+
+
+def test_checkpoints(place, tmp_path, capsys):
+    """Damaged ones, and others whose checksum is right, though what is in them is not."""
+    options = ["--compare", "--steps", "2", "--batch_size", "4", "--eval_size", "0", "--save_every", "1", "--device", "cpu",
+               "--keep_checkpoints", "1", "--out"]  # fmt: skip
+    train.main([*options, str(tmp_path / "run")])
+    source = tmp_path / "run" / "checkpoint-00000002.json"
+    run = train.prepare(train.read_options([*options, str(place)]), "cpu")
+    rng, succeeded = random.Random("checkpoint"), 0
+    for _ in range(INPUTS["checkpoint"]):
+        for path in place.iterdir():
+            path.unlink()
+        paths = [place / source.name, (place / source.name).with_suffix(".safetensors")]
+        changed = rng.choice([(0,), (1,), (0, 1)])
+        for i, path in enumerate(paths):
+            content = change_file(rng, source.with_name(path.name)) if i in changed else source.with_name(path.name).read_bytes()
+            path.write_bytes(content)
+        with contextlib.suppress(ValueError, RecursionError, AttributeError, TypeError):
+            if rng.random() < 0.8 and "checksum" in (content := json.loads(paths[0].read_text())):
+                content.pop("checksum")
+                paths[0].write_text(json.dumps({"checksum": train.checksum(paths[0], content), **content}))
+        succeeded += ends_well(lambda: train.load_checkpoint(run), source.stem, place.parent)
+        if run.progress.step:  # it was taken up: then the training must be able to go on
+            assert run.progress.step == 2 and all(type(flops) is float for flops in run.progress.flops.values())
+            run.progress = train.Progress(flops=dict.fromkeys(run.method.pathways, 0.0))
+    assert INPUTS["checkpoint"] / 50 < succeeded < INPUTS["checkpoint"] * 0.9
 
 
 QUESTION = "sam has 7 pens gets 5 packs of 4 ?"
@@ -589,11 +507,8 @@ def test_questions(place):
     config = dataclasses.replace(MODELS["demo"], vocab_size=512, num_hidden_layers=2)
     small = Transformer(config, Adapters(rem_rank=2, extra_rows=2)).eval()
     pathways = [
-        dart.Pathway(),
-        dart.Pathway(steps=True),
-        dart.Pathway(n_fill=3, fill_id=512, silent=True),
-        dart.Pathway(marks=(512, 513), thoughts=2),
-        dart.Pathway(steps=True, marks=(512, 513), thoughts=1),
+        dart.Pathway(), dart.Pathway(steps=True), dart.Pathway(n_fill=3, fill_id=512, silent=True),
+        dart.Pathway(marks=(512, 513), thoughts=2), dart.Pathway(steps=True, marks=(512, 513), thoughts=1),
     ]
     (place / "tokenizer.model").write_bytes(sentencepiece_model())
     tokenizers = [
@@ -602,42 +517,13 @@ def test_questions(place):
         *(Tokenizer.from_pretrained(FIXTURES / f"tokenizer-{name}") for name in ("gpt2", "llama3", "qwen2")),
     ]
     pieces = [
-        QUESTION,
-        "sam has 7",
-        " ",
-        "\t",
-        "\n",
-        "\x00",
+        QUESTION, "sam has 7", " ", "\t", "\n", "\x00",
         "\x1b[2J",
-        "\ud800",
-        "\udfff",
-        "👩‍👩‍👧‍👦",
-        "e\u0301",
-        "\u202e",
-        "\ufeff",
-        "Answer:",
-        "<<1+1=2>>",
-        "<st>",
-        "<eos>",
-        "<|endoftext|>",
-        "</s>",
-        "|" * 50,
-        "9" * 60,
-        "日本語",
-        "\u2028",
-        "\x85",
-        "%s",
-        "\u2581",
-        "\ufffd",
-        "\U0010ffff",
+        "\ud800", "\udfff", "👩‍👩‍👧‍👦", "e\u0301", "\u202e", "\ufeff", "Answer:", "<<1+1=2>>", "<st>", "<eos>", "<|endoftext|>",
+        "</s>", "|" * 50, "9" * 60, "日本語", "\u2028", "\x85", "%s", "\u2581", "\ufffd", "\U0010ffff",
     ]
     long = [
-        "\n" * 1_200_000 + "x",
-        "\xa0" * 1_200_000,
-        "x" * 10**7,
-        "7 " * 10**5,
-        "sam " * 10**5,
-        "\x00" * 4 * 10**5,
+        "\n" * 1_200_000 + "x", "\xa0" * 1_200_000, "x" * 10**7, "7 " * 10**5, "sam " * 10**5, "\x00" * 4 * 10**5,
         "\u3000" * 4 * 10**5,
     ]
     questions = ["", " ", "\n\n", *long]
@@ -668,14 +554,11 @@ def config_of(directory, family, **changes):
     "family, field, value, message",
     [
         ("llama", "num_hidden_layers", 1000, "layers.3.input_layernorm.weight is missing"),
-        ("llama", "num_hidden_layers", 2**30, "num_hidden_layers"),
-        ("llama", "vocab_size", 2**24, "has the shape"),
-        ("llama", "vocab_size", 2**24 + 1, "vocab_size"),
-        ("llama", "intermediate_size", 2**22, "has the shape"),
+        ("llama", "num_hidden_layers", 2**30, "num_hidden_layers"), ("llama", "vocab_size", 2**24, "has the shape"),
+        ("llama", "vocab_size", 2**24 + 1, "vocab_size"), ("llama", "intermediate_size", 2**22, "has the shape"),
         ("llama", "head_dim", 2**14, "has the shape"),
         ("llama", "rope_parameters", {"rope_type": "default", "rope_theta": 10**29}, "rope_theta"),
-        ("gpt2", "n_positions", 2**31 - 1, "has the shape"),
-        ("gpt2", "n_embd", "%999999999d", "n_embd"),
+        ("gpt2", "n_positions", 2**31 - 1, "has the shape"), ("gpt2", "n_embd", "%999999999d", "n_embd"),
     ],
 )
 def test_a_configuration_takes_no_memory_that_its_files_do_not_ask_for(place, monkeypatch, family, field, value, message):
@@ -695,14 +578,9 @@ def test_a_model_larger_than_the_machine_is_refused(place):
 @pytest.mark.parametrize(
     "which, part, field, value",
     [
-        (0, "model_config", "num_hidden_layers", 1000),
-        (0, "model_config", "vocab_size", 2**24),
-        (0, "model_config", "hidden_size", 2**20),
-        (0, "options", "rem_rank", 8192),
-        (0, "options", "rem_rank", 10**9),
-        (1, "options", "lora_rank", 8192),
-        (1, "options", "lora_rank", 10**9),
-        (1, "options", "n_st", 10**12),
+        (0, "model_config", "num_hidden_layers", 1000), (0, "model_config", "vocab_size", 2**24),
+        (0, "model_config", "hidden_size", 2**20), (0, "options", "rem_rank", 8192), (0, "options", "rem_rank", 10**9),
+        (1, "options", "lora_rank", 8192), (1, "options", "lora_rank", 10**9), (1, "options", "n_st", 10**12),
         (1, "model_config", "num_hidden_layers", 1000),
     ],
 )
