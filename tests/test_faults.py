@@ -353,6 +353,19 @@ def test_no_file_is_read_by_what_could_run_code():
 # ------------------------------------------------------------------------------------------ checkpoints, by and by
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="names of open files")
+def test_a_file_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch):
+    """... and so is its name, in the end: as many directories are synchronised."""
+    seen = []
+    monkeypatch.setattr(os, "fsync", lambda handle, real=os.fsync: (seen.append(os.readlink(f"/proc/self/fd/{handle}")), real(handle)))
+    monkeypatch.setattr(os, "replace", lambda a, b, real=os.replace: (seen.append((str(a), str(b))), real(a, b)))
+    assert run(tmp_path / "run", "--steps", "1", "--eval_size", "0") == 0
+    files = [part for part in seen if isinstance(part, tuple)]
+    assert {Path(name).name for _, name in files} == {"config.json", "log.jsonl", "adapter.safetensors", "result.json",
+                                                      "checkpoint-00000001.safetensors", "checkpoint-00000001.json"}  # fmt: skip
+    assert seen == [part for a, b in files for part in (a, (a, b), str(tmp_path / "run"))]
+
+
 def test_checkpoints_by_time_the_last_ones_and_the_best(tmp_path, monkeypatch):
     clock = iter(range(0, 10**6, 30))
     monkeypatch.setattr(train.time, "monotonic", lambda: next(clock))  # each look is half a minute later
