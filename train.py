@@ -39,6 +39,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 import dart
@@ -187,13 +188,21 @@ def start_processes(options):
                 raise ValueError(f"a process for GPU {local}, but there are {torch.cuda.device_count()} on this machine")
             device = f"cuda:{local}"
             torch.cuda.set_device(device)
-            dist.init_process_group("nccl", timeout=PATIENCE, device_id=torch.device(device))
+            dist.init_process_group("nccl", device_id=torch.device(device), **meeting_point())
         else:
-            dist.init_process_group("gloo", timeout=PATIENCE)
+            dist.init_process_group("gloo", **meeting_point())
         rank, world = dist.get_rank(), dist.get_world_size()
     if options.batch_size % world:
         raise ValueError(f"--batch_size {options.batch_size} is not a multiple of the {world} processes")
     return rank, world, device
+
+
+def meeting_point():
+    """Where the processes find each other. torchrun may keep one over its restarts, and with it the addresses of the processes before."""
+    store, rank, world = next(rendezvous("env://", timeout=PATIENCE))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":  # the torchruns of several machines count their restarts each by itself
+        store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    return dict(store=store, rank=rank, world_size=world, timeout=PATIENCE)
 
 
 # The files of a run beside config.json, which says what they are.
@@ -1003,15 +1012,16 @@ def main(argv=None):
             check_out(one)
     jobs = min(len(runs), options.jobs or torch.get_num_threads()) if device == "cpu" and world == 1 else 1
     one_by_one = (train_one(one, rank, world, device) for one in runs)
-    for result in train_side_by_side(runs, options.out, jobs) if jobs > 1 else one_by_one:
-        if isinstance(result, Halt):
-            if world > 1 and not result.own:
-                dist.barrier()  # rank 0 may still be saving
-                dist.destroy_process_group()
-            end(result, result.code, show=rank == 0 or result.own)
-        if isinstance(result, Exception):
-            with one_line_errors():
-                raise result
+    with heed_signals() if world > 1 else contextlib.nullcontext():  # torchrun signals to all when one is lost
+        for result in train_side_by_side(runs, options.out, jobs) if jobs > 1 else one_by_one:
+            if isinstance(result, Halt):
+                if world > 1 and not result.own:
+                    dist.barrier()  # rank 0 may still be saving
+                    dist.destroy_process_group()
+                end(result, result.code, show=rank == 0 or result.own)
+            if isinstance(result, Exception):
+                with one_line_errors():
+                    raise result
     if world > 1:
         dist.barrier()  # without it a process sometimes aborts at its end
         dist.destroy_process_group()

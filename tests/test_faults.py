@@ -411,7 +411,7 @@ def test_a_lost_process_ends_the_others_and_torchrun_goes_on(tmp_path):
     assert run(tmp_path / "one", "--lora_rank", "0") == 0
     fault = at("train.train_step", (6, False)).strip().replace("\n", "\n    ")
     path = script(tmp_path / "killed.py", ONE_RANK + fault)
-    process = agent(path, tmp_path / "two", "--lora_rank", "0", nodes=["--standalone", "--nproc_per_node=2", "--max_restarts=1"])
+    process = agent(path, tmp_path / "two", "--lora_rank", "0", nodes=["--standalone", "--nproc_per_node=2", "--max_restarts=3"])
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert "error: process 0 has lost the others of this run" in errors and "--resume" in errors
