@@ -115,10 +115,13 @@ FAST = {"icot": ["--removal_per_epoch", "113", "--remove_all_beyond", "3"],
         "coconut": ["--epochs_per_stage", "0.01", "--thoughts_per_step", "1"]}  # fmt: skip
 
 
+@pytest.mark.parametrize("more", [[], ["--attach_teacher"], ["--distill_at", "z_N+Y"]], ids=["", "attached", "z_N+Y"])
 @pytest.mark.parametrize("method", dart.METHODS)
-def test_one_result_whatever_the_layout(tmp_path, method):
+def test_one_result_whatever_the_layout(tmp_path, method, more):
     """4 rows a step: by one process at once, in twos and one by one; by two processes, and by four. And resumed by another number."""
-    more = ["--method", method, "--steps", "20", "--batch_size", "4", "--lora_rank", "0", "--lr", "3e-4", "--eval_every", "10",
+    if more and method not in ("dart", "codi"):
+        pytest.skip("it has no teacher")
+    more = ["--method", method, *more, "--steps", "20", "--batch_size", "4", "--lora_rank", "0", "--lr", "3e-4", "--eval_every", "10",
             "--eval_size", "7", "--save_every", "10", *FAST.get(method, [])]  # fmt: skip
     assert run(tmp_path / "4", *more) == 0
     for rows in ("2", "1"):
