@@ -494,8 +494,9 @@ class Tokenizer:
         return f"tokenizer: {self.kind}, {self.size} ids, {bos}, EOS {self.eos_id}, {st}"
 
     def save(self, directory):
-        for name, content in self.files.items():
-            (Path(directory) / name).write_bytes(content)
+        for path, content in ((Path(directory) / name, content) for name, content in self.files.items()):
+            if not path.is_file() or path.read_bytes() != content:
+                path.write_bytes(content)
 
     def encode(self, text, *, bos, eos, continued=False):
         """list of ids. bos and eos have no default, so that neither is forgotten nor doubled; a tokenizer without a BOS

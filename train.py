@@ -7,7 +7,7 @@ A run directory holds config.json (options, architecture, versions), adapter.saf
 (the same, where it was best on the validation split), the tokenizer, log.jsonl, result.json, and of the last checkpoints
 checkpoint-STEP.safetensors and .json (all that --resume needs).
 
-Exit codes: 0 done; 1 a fault stopped the training; 2 something given is wrong, nothing was begun; 130 and 143 SIGINT and SIGTERM
+Exit codes: 0 done; 1 a fault stopped the training; 2 something given is wrong; 130 and 143 SIGINT and SIGTERM
 stopped it, after saving.
 """
 
@@ -66,7 +66,7 @@ class Options(RunOptions):
     compare: tuple = option((), "methods trained first with the same options, into folders of --out, for a table")
     suite: str = option("", "a table of the paper: all its rows are trained, into folders of --out, and compared",
                         choices=("", "table1", "table3", "table4", "table5", "figure2"))  # fmt: skip
-    seeds: int = option(1, "how many of them for each row of the suite, from --seed on", low=1)
+    seeds: int = option(1, "how many of them for each row of the suite, from --seed on", low=1, high=1000)
     jobs: int = option(1, "runs of a comparison or a suite that go on side by side, where they are on a CPU; 0: one a core")
     test_data: tuple = option((), "data sets that the rows of the suite are compared on; none: --data")
     epochs: int = option(10, "passes over the training data", low=1)
@@ -205,10 +205,11 @@ def meeting_point():
     return dict(store=store, rank=rank, world_size=world, timeout=PATIENCE)
 
 
+CHECKPOINTS = ("checkpoint-????????.safetensors", "checkpoint-????????.json")
 # The files of a run beside config.json, which says what they are.
 RUN_FILES = ("adapter.safetensors", "best.safetensors", "log.jsonl", "result.json", "test.json", "table.md", "words.json",
              "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "added_tokens.json", "vocab.json", "merges.txt",
-             "checkpoint-*")  # fmt: skip
+             *CHECKPOINTS)  # fmt: skip
 TRAIN_SAMPLE = 500  # so many training problems are answered for the table of a comparison
 # Options that may differ between a run and its resumption: they change no loss, but for rounding.
 FREE_TO_CHANGE = ("out", "resume", "overwrite", "compare", "device", "data_dir", "suite", "seeds", "jobs", "test_data",
@@ -348,7 +349,7 @@ def checkpoint_path(out, step):
 
 def saved_steps(out):
     """The steps of the checkpoints in a directory: those whose .json is there."""
-    names = (re.fullmatch(r"checkpoint-(\d{8,})\.json", path.name) for path in Path(out).glob("checkpoint-*"))
+    names = (re.fullmatch(r"checkpoint-(\d{8})\.json", path.name) for path in Path(out).glob("checkpoint-*"))
     return sorted(int(name[1]) for name in names if name)
 
 
@@ -368,7 +369,7 @@ def save_checkpoint(run):
     content = {**dataclasses.asdict(progress), "run": run.identity}
     write_atomically(path, json.dumps({"checksum": checksum(path, content), **content}, indent=1) + "\n")
     kept = saved_steps(out)[-run.options.keep_checkpoints :]
-    for old in out.glob("checkpoint-*"):
+    for old in (path for name in CHECKPOINTS for end in ("", ".tmp") for path in out.glob(name + end)):
         if not old.name.startswith(tuple(f"checkpoint-{step:08d}." for step in kept)):
             old.unlink()
 
@@ -455,6 +456,14 @@ class Halt(Exception):
 RECEIVED = []  # signals, in this process
 
 
+def asked_to_stop():
+    """The signal that asks this process to stop, 0 where there is none. A run beside others also stops when their common parent is gone."""
+    parent = multiprocessing.parent_process()
+    if parent is not None and not parent.is_alive():
+        return int(signal.SIGTERM)
+    return int(RECEIVED[0]) if RECEIVED else 0
+
+
 @contextlib.contextmanager
 def heed_signals(also=lambda number: None):
     """Within, SIGTERM and SIGINT are only noted, for the step to be finished and saved; a second SIGINT ends at once. also: is called
@@ -476,9 +485,11 @@ def heed_signals(also=lambda number: None):
 
 def explain(error, rank, world):
     """A fault of the machine as a Halt; any other error itself."""
+    if isinstance(error, OSError):
+        return Halt(f"{error}; --resume goes on from the last checkpoint", own=True)
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error):
-        return Halt("out of memory: a smaller --micro_batch_size, --activation_checkpointing or --dtype bf16 need less; --resume goes on "
-                    "from the last checkpoint", own=True)  # fmt: skip
+        return Halt("out of memory: a smaller --micro_batch_size or --activation_checkpointing need less, also with --resume, which goes "
+                    "on from the last checkpoint", own=True)  # fmt: skip
     if world > 1 and (isinstance(error, dist.DistError) or re.search("gloo|nccl|connection|timed out", str(error), re.IGNORECASE)):
         return Halt(f"process {rank} has lost the others of this run: one has ended, or did not answer in time ({error}); --resume, or "
                     f"torchrun with --max-restarts, goes on from the last checkpoint", own=True)  # fmt: skip
@@ -592,8 +603,8 @@ def peak_memory(device):
 
 def step_of(line):
     """The step of a line of log.jsonl; -1 for what is no such line, as the last of an interrupted run may be."""
-    with contextlib.suppress(ValueError, TypeError, KeyError):
-        return json.loads(line)["step"]
+    with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+        return int(json.loads(line)["step"])
     return -1
 
 
@@ -605,7 +616,7 @@ class Log:
         """The lines up to the step stay, but its validation, which is done again."""
         self.path, self.rank, self.label, self.live = path, rank, label and f"{label}: ", sys.stdout.isatty() and not label
         if rank == 0:
-            lines = path.read_text(encoding="utf-8").splitlines() if step and path.is_file() else []
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if step and path.is_file() else []
             lines = (line for line in lines if 0 <= step_of(line) <= step)
             write_atomically(path, "".join(f"{line}\n" for line in lines if step_of(line) < step or "valid" not in json.loads(line)))
 
@@ -724,7 +735,8 @@ def train(run, rank, world, device, label=""):
     options, method, optimizer, out, progress = run.options, run.method, run.optimizer, Path(run.options.out), run.progress
     wrapped = DistributedDataParallel(method) if world > 1 else method
     parameters = [p for p in method.parameters() if p.requires_grad]
-    log, meter, saved = Log(out / "log.jsonl", rank, progress.step, label), Meter(run, device), (progress.step, time.monotonic())
+    log, meter, saved = Log(out / "log.jsonl", rank, progress.step, label), Meter(run, device), progress.step
+    tried = time.monotonic()  # when a checkpoint was last written, or should have been
     eval_every = options.eval_every or len(run.lengths) // options.batch_size
 
     def evaluation():
@@ -734,11 +746,10 @@ def train(run, rank, world, device, label=""):
             accuracies = validate(method, run.valid, options, rank, world)
             text = "  ".join(f"{name} {100 * share:.1f} %" for name, share in accuracies.items())
             log.write({"step": progress.step, "valid": accuracies}, f"step {progress.step}  validation: {text}", done=True)
-            if list(accuracies.values())[-1] > progress.best:
-                progress.best = list(accuracies.values())[-1]
-                if rank == 0:
-                    save("best.safetensors", save_tensors, method.model.adapter_state(options.complete), out / "best.safetensors",
-                         progress.step)  # fmt: skip
+            accuracy, state = list(accuracies.values())[-1], method.model.adapter_state(options.complete)
+            if rank == 0 and accuracy > progress.best:
+                if save("best.safetensors", save_tensors, state, out / "best.safetensors", progress.step):
+                    progress.best = accuracy
         return accuracies
 
     def save(what, write, *arguments):
@@ -747,8 +758,8 @@ def train(run, rank, world, device, label=""):
             write(*arguments)
         except OSError as error:
             if progress.step == run.steps:
-                raise Halt(f"{what} could not be written ({error}); --resume goes on from step {saved[0]}", own=True) from None
-            log.show(f"step {progress.step}: {what} could not be written ({error}); going on, and --resume would from step {saved[0]}")
+                raise Halt(f"{what} could not be written ({error}); --resume goes on from step {saved}", own=True) from None
+            log.show(f"step {progress.step}: {what} could not be written ({error}); going on, and --resume would from step {saved}")
             return False
         return True
 
@@ -758,6 +769,7 @@ def train(run, rank, world, device, label=""):
         micro_batches = make_micro_batches(run, step, batch, rank, world, device)
         if step > 1 and stage_of(run, step) != stage_of(run, step - 1):
             optimizer.state.clear()
+            progress.optimizer_step = 0
         if step == 1:
             log.show("the first problem of the first batch: each token, and what it weighs in the loss")
             for name, some in run.rows.items():
@@ -766,12 +778,12 @@ def train(run, rank, world, device, label=""):
         losses = train_step(wrapped, method, micro_batches, len(batch) // world)
         norm = torch.nn.utils.clip_grad_norm_(parameters, options.grad_clip or math.inf)
         finite = bool(torch.stack([norm, *losses.values()]).isfinite().all())
-        stop, bad = agree(world, device, (RECEIVED or [0])[0], not finite)
+        stop, bad = agree(world, device, asked_to_stop(), not finite)
         if bad:
             text = f"step {step}: a loss or the gradient is not finite ({'  '.join(f'{k} {v:.3g}' for k, v in losses.items())}  |g| " \
                    f"{norm:.3g}), problems {' '.join(map(str, batch))} (the first one is 0)"  # fmt: skip
             if progress.skipped == options.skip_nonfinite:
-                raise Halt(f"{text}; nothing of it was saved, --resume goes on from step {saved[0]}")
+                raise Halt(f"{text}; nothing of it was saved, --resume goes on from step {saved}")
             progress.skipped += 1
             log.write({"step": step, "skipped": batch.tolist()}, f"{text}: left out", done=True)
         else:
@@ -785,20 +797,19 @@ def train(run, rank, world, device, label=""):
         if not bad and (step % options.log_every == 0 or last):
             losses = {name: mean_over_processes(loss, world) for name, loss in losses.items()}
             log.write(*meter.record(losses, norm.item(), optimizer.param_groups[0]["lr"]))
-        old = options.save_minutes and time.monotonic() - saved[1] > 60 * options.save_minutes
+        old = options.save_minutes and time.monotonic() - tried > 60 * options.save_minutes
         if rank == 0 and (step % options.save_every == 0 or old or stop or last):
             with meter.pause():
-                if save("the checkpoint", save_checkpoint, run):
-                    saved = step, time.monotonic()
+                saved, tried = step if save("the checkpoint", save_checkpoint, run) else saved, time.monotonic()
         if stop:
-            raise Halt(f"{signal.Signals(stop).name} after step {step}; --resume goes on from step {saved[0]}", 128 + stop)
+            raise Halt(f"{signal.Signals(stop).name} after step {step}; --resume goes on from step {saved}", 128 + stop)
         if step % eval_every == 0 and not last:
             evaluation()
     result = {"method": options.method, "steps": run.steps, **meter.totals(), "flops": progress.flops,
               "valid": evaluation(), "skipped": progress.skipped,
               "trained_parameters": sum(p.numel() for p in parameters)}  # fmt: skip
     if rank == 0:
-        write_atomically(out / "result.json", json.dumps(result, indent=1) + "\n")
+        save("result.json", write_atomically, out / "result.json", json.dumps(result, indent=1) + "\n")
     return result
 
 
@@ -947,8 +958,8 @@ def train_one(options, rank, world, device, label=""):
             finished = Path(options.out) / "result.json"
             if options.resume and finished.is_file():
                 return read_json(finished)
-            if RECEIVED:
-                raise Halt(f"{signal.Signals(RECEIVED[0]).name} before the start", 128 + RECEIVED[0])
+            if stop := asked_to_stop():
+                raise Halt(f"{signal.Signals(stop).name} before the start", 128 + stop)
             run = prepare(options, device)
             if world > 1:
                 dist.barrier()  # rank 0 changes the directory when all have read what they need of it
@@ -964,7 +975,7 @@ def train_one(options, rank, world, device, label=""):
             if world > 1:
                 dist.barrier()
             return result
-    except (Halt, RuntimeError, MemoryError) as error:
+    except (Halt, OSError, RuntimeError, MemoryError) as error:
         if isinstance(halt := explain(error, rank, world), Halt):
             return halt
         raise
@@ -991,8 +1002,10 @@ def train_side_by_side(runs, out, jobs):
                     result.code = 128 + RECEIVED[0]  # whatever was passed on
                 yield result
         except BrokenProcessPool:
+            if RECEIVED:
+                yield Halt(f"{signal.Signals(RECEIVED[0]).name}; --resume goes on from the last checkpoints", 128 + RECEIVED[0])
             yield Halt("a run was killed, for lack of memory perhaps: with --jobs 1 they go on one after the other, with --resume from "
-                       "their last checkpoints", 128 + RECEIVED[0] if RECEIVED else 1)  # fmt: skip
+                       "their last checkpoints")  # fmt: skip
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -107,7 +107,7 @@ def python(path, out, *more, **how):
 # ---------------------------------------------------------------------------------------------------- sudden ends
 
 
-@pytest.mark.parametrize("where, moment", [("train.train_step", (6, True)), ("train.save_file", (4, True)), ("os.replace", (8, False))],
+@pytest.mark.parametrize("where, moment", [("train.train_step", (6, True)), ("train.save_file", (5, True)), ("os.replace", (8, True))],
                          ids=["in a step", "in a save", "between the two files of a checkpoint"])  # fmt: skip
 def test_killed_and_resumed_is_the_same_to_the_last_bit(tmp_path, whole, where, moment):
     done = python(script(tmp_path / "killed.py", at(where, moment)), tmp_path / "run")
@@ -155,6 +155,22 @@ def wait_for(path, text, seconds=60):
     while not (path.is_file() and text in path.read_text()):
         assert time.monotonic() < until, f"{path} does not come to {text!r}"
         time.sleep(0.05)
+
+
+def test_runs_side_by_side_end_when_their_parent_is_gone(tmp_path):
+    command = [sys.executable, "train.py", *RUN, "--steps", "5000", "--compare", "no-cot", "--jobs", "2", "--out", str(tmp_path / "run")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for name in (".", "no-cot"):
+        wait_for(tmp_path / "run" / name / "log.jsonl", '"step": 1,')
+    process.kill()
+    process.wait()
+    for name in (".", "no-cot"):
+        for _ in range(600):
+            with contextlib.suppress(ValueError):  # another process is training in it
+                os.close(train.lock(tmp_path / "run" / name))
+                break
+            time.sleep(0.1)
+        assert steps(tmp_path / "run" / name)[-1] == curve(tmp_path / "run" / name)[-1]["step"] < 5000
 
 
 def test_a_signal_reaches_runs_side_by_side(tmp_path, whole):
@@ -246,6 +262,19 @@ def test_some_such_steps_may_be_left_out(tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(train, "train_step", poison(1))  # after step 6, of which the two are remembered
         assert run(tmp_path / "three", *more, "--resume") == 1
+
+
+def test_a_step_left_out_where_the_optimizer_starts_anew_can_be_resumed(tmp_path, monkeypatch):
+    """coconut's second stage begins with step 3."""
+    more = ["--method", "coconut", "--epochs_per_stage", "0.014", "--thoughts_per_step", "1", "--skip_nonfinite", "1", "--save_every", "1",
+            "--keep_checkpoints", "8", "--eval_size", "0"]  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", poison(3))
+        assert run(tmp_path / "run", *more) == 0
+    before = curve(tmp_path / "run")
+    for path in [tmp_path / "run" / "result.json", *(train.checkpoint_path(tmp_path / "run", step) for step in range(4, 9))]:
+        path.unlink()
+    assert run(tmp_path / "run", *more, "--resume") == 0 and curve(tmp_path / "run") == before
 
 
 def test_two_runs_cannot_be_in_one_directory(tmp_path, whole, capsys):
@@ -415,6 +444,7 @@ def test_a_lost_process_ends_the_others_and_torchrun_goes_on(tmp_path):
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert "error: process 0 has lost the others of this run" in errors and "--resume" in errors
+    assert output.count("step 3/8") == 1 and output.count("step 5/8") == 2  # from the checkpoint of step 4 on
     close(curve(tmp_path / "two"), curve(tmp_path / "one"))
 
 
@@ -431,13 +461,14 @@ def test_two_agents_train_as_one(tmp_path):
     assert run(tmp_path / "one", "--lora_rank", "0", "--steps", "3", "--eval_size", "7") == 0
     nodes = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port()}", "--rdzv_id=test"]
     path = script(tmp_path / "recorded.py", """
-import builtins
-real = os.open
-def recorded(path, flags, *rest, **more):
-    if flags & (os.O_WRONLY | os.O_RDWR) and os.environ["RANK"] != "0" and "two" in str(path):
-        raise AssertionError(f"rank 1 writes {path}")
-    return real(path, flags, *rest, **more)
-os.open = recorded
+def write(what):
+    if os.environ["RANK"] != "0":
+        raise AssertionError(f"rank 1 writes {what}")
+def watch(event, arguments):
+    if event == "open" and "/two/" in str(arguments[0]) and arguments[2] & (os.O_WRONLY | os.O_RDWR):
+        write(arguments[0])
+sys.addaudithook(watch)
+train.save_file = lambda *arguments, real=train.save_file: (write(arguments[1]), real(*arguments))
 """)
     agents = [agent(path, tmp_path / "two", "--lora_rank", "0", "--steps", "3", "--eval_size", "7", nodes=nodes) for _ in range(2)]
     for process in agents:
