@@ -1023,6 +1023,8 @@ def main(argv=None):
         for one in runs:
             continue_after_restart(one)
             check_out(one)
+            if rank == 0 and Path(one.out).is_dir():
+                os.close(lock(one.out))  # ValueError where a run of a comparison goes on, before any other is touched
     jobs = min(len(runs), options.jobs or torch.get_num_threads()) if device == "cpu" and world == 1 else 1
     one_by_one = (train_one(one, rank, world, device) for one in runs)
     with heed_signals() if world > 1 else contextlib.nullcontext():  # torchrun signals to all when one is lost

@@ -289,12 +289,23 @@ def test_two_runs_cannot_be_in_one_directory(tmp_path, whole, capsys):
     assert run(tmp_path / "run", "--resume") == 0
 
 
+def test_a_comparison_is_not_overwritten_while_one_of_its_runs_goes_on(tmp_path, whole, capsys):
+    shutil.copytree(whole, tmp_path / "run")
+    shutil.copytree(whole, tmp_path / "run" / "no-cot")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.*")}
+    handle = train.lock(tmp_path / "run")
+    assert run(tmp_path / "run", "--compare", "no-cot", "--overwrite") == 2 and "another process" in capsys.readouterr().err
+    os.close(handle)
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.*")}
+
+
 def test_a_run_that_another_process_took_further_meanwhile_is_left_alone(tmp_path, whole, monkeypatch, capsys):
     """It was resumed twice; the other one ended when this one had read the checkpoint."""
     shutil.copytree(whole, tmp_path / "run")
     for name in ("result.json", "checkpoint-00000008.json"):
         (tmp_path / "run" / name).unlink()
-    monkeypatch.setattr(train, "lock", lambda out, old=train.lock: (shutil.copy(whole / "checkpoint-00000008.json", out), old(out))[1])
+    late = whole / "checkpoint-00000008.json"
+    monkeypatch.setattr(train, "claim", lambda run, world, old=train.claim: (shutil.copy(late, run.options.out), old(run, world)))
     assert run(tmp_path / "run", "--resume") == 2 and "has trained in it meanwhile" in capsys.readouterr().err
 
 
