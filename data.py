@@ -397,15 +397,19 @@ LONGEST = 500_000  # characters of a text: tiktoken's patterns break down beyond
 RESERVED = ("<|reserved_special_token_0|>", "<|reserved_special_token_1|>")  # stand for <st> and the like where they are
 
 
+WORD = r"<<|>>|\d+|[^\W\d]+|[^\w\s]"
+
+
 class Words:
     """The built-in task's vocabulary: a token is a word, a number or a sign. Spaces are not tokens."""
 
     def __init__(self, words):
         self.words, self.size = words, len(words)
         self.ids = {word: i for i, word in enumerate(words)}
+        self.added = {word: self.ids[word] for word in ("<bos>", "<eos>", "<st>") if word in self.ids}
 
     def encode(self, text, continued):
-        tokens = re.findall(r"<<|>>|\d+|[^\W\d]+|[^\w\s]", text)
+        tokens = re.findall(WORD, text)
         if unknown := [token for token in tokens if token not in self.ids]:
             raise ValueError(f"{unknown[0]!r} is not in the vocabulary of the tokenizer's words.json")
         return [self.ids[token] for token in tokens]
@@ -414,17 +418,28 @@ class Words:
         text = re.sub(r" ?(<<|>>|[-+%=:]) ?", r"\1", " ".join(self.words[i] for i in ids))
         return text.replace(">><<", ">> <<")
 
+    def export(self):
+        tight = [{"type": "Replace", "pattern": {"Regex": f" ?{sign} ?"}, "content": sign.strip("\\")}
+                 for sign in ("<<", ">>", "-", r"\+", "%", "=", ":")]  # fmt: skip
+        spaced = [{"type": "Replace", "pattern": {"Regex": "^"}, "content": " "}, {"type": "Fuse"}]
+        apart = [{"type": "Replace", "pattern": {"String": ">><<"}, "content": ">> <<"},
+                 {"type": "Strip", "content": " ", "start": 1, "stop": 0}]  # fmt: skip
+        return {"normalizer": None, "model": {"type": "WordLevel", "vocab": self.ids, "unk_token": "<unk>"},
+                "pre_tokenizer": {"type": "Split", "pattern": {"Regex": WORD}, "behavior": "Removed", "invert": True},
+                "decoder": {"type": "Sequence", "decoders": [*spaced, *tight, *apart]}}  # fmt: skip
+
 
 class Tiktoken:
     """A byte-level BPE. ranks: bytes -> id, added: name -> id of the added tokens, of which only the `words` are found in a
     text: the names of special tokens are text. nfc: a text is brought into Unicode's composed form first."""
 
     def __init__(self, pattern, ranks, added, words=(), nfc=False):
-        self.added, self.nfc, self.size = added, nfc, len(ranks) + len(added)
+        self.pattern, self.ranks, self.added, self.nfc, self.size = pattern, ranks, added, nfc, len(ranks) + len(added)
         if sorted([*ranks.values(), *added.values()]) != list(range(self.size)):
             raise ValueError(f"the ids of the {self.size} tokens are not 0 to {self.size - 1}")
         if not all(bytes([byte]) in ranks for byte in range(256)):
             raise ValueError("the vocabulary lacks one of the 256 bytes")
+        self.ordinary = words
         longest_first = sorted(filter(None, words), key=len, reverse=True)
         self.words = re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
         self.encoding = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens=added)
@@ -436,6 +451,18 @@ class Tiktoken:
             part = part if i % 2 else unicodedata.normalize("NFC", part) if self.nfc else part
             ids += [self.added[part]] if i % 2 else self.encoding.encode_ordinary(part)
         return ids
+
+    def export(self):
+        """As in the files of Llama 3, whatever ours was, every way to split a token in two is a merge: that is what tiktoken does."""
+        spelling = {byte: character for character, byte in _spelling().items()}
+        vocab = {"".join(map(spelling.get, token)): i for token, i in sorted(self.ranks.items(), key=lambda item: item[1])}
+        by_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": self.pattern == GPT2_PATTERN}
+        cut = {"type": "Split", "pattern": {"Regex": self.pattern}, "behavior": "Isolated", "invert": False}
+        if not by_bytes["use_regex"]:
+            cut = {"type": "Sequence", "pretokenizers": [cut, by_bytes]}
+        return {"normalizer": {"type": "NFC"} if self.nfc else None, "pre_tokenizer": by_bytes if by_bytes["use_regex"] else cut,
+                "model": {"type": "BPE", "ignore_merges": True, "vocab": vocab, "merges": _splits(vocab)},
+                "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}}  # fmt: skip
 
 
 class SentencePiece:
@@ -453,8 +480,27 @@ class SentencePiece:
         self.decode, self.size = self.start.decode, self.start.vocab_size()
         self.decode(list(range(self.size)))  # ValueError where a piece is no text
 
+        unknown = [i for i in range(self.size) if self.start.is_control(i) or self.start.is_unknown(i)]
+        self.added = {self.start.id_to_piece(i): i for i in unknown}
+
     def encode(self, text, continued):
         return (self.go_on if continued else self.start).encode(text)
+
+    def export(self):
+        model, vocab = self.start, {self.start.id_to_piece(i): i for i in range(self.size)}
+        merged = [piece for piece, i in vocab.items() if not (piece in self.added or model.is_byte(i) or model.is_unused(i))]
+        merged.sort(key=lambda piece: -model.get_score(vocab[piece]))
+        if not all(model.get_score(vocab[piece]).is_integer() for piece in merged):  # as of a unigram model
+            raise ValueError("only SentencePiece's BPE models can be exported")
+        if model.decode(model.encode(text := "a  \u212b")) != text or model.encode("a") == self.go_on.encode("a"):
+            raise ValueError("only SentencePiece models that leave texts as they are, behind one blank, can be exported")
+        blank = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": False}
+        return {"normalizer": None, "pre_tokenizer": blank,
+                "model": {"type": "BPE", "unk_token": model.id_to_piece(model.unk_id()), "fuse_unk": True, "byte_fallback": True,
+                          "vocab": vocab, "merges": _splits(merged)},
+                "decoder": {"type": "Sequence", "decoders": [
+                    {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}, {"type": "ByteFallback"},
+                    {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]}}  # fmt: skip
 
 
 class Tokenizer:
@@ -522,6 +568,31 @@ class Tokenizer:
                 known.append([])
         return "\ufffd".join(self.backend.decode(part) for part in known)
 
+    def export(self, silent):
+        """This tokenizer as Hugging Face's libraries read one: ({file name: text}, id of <st>). A text that does not begin with a blank
+        gets the ids of bos=True there; what stands behind a special token in it is encoded as `continued`.
+
+        silent: <st> is a special token, the first reserved one by another name, else one behind all others. Raises ValueError for a
+        SentencePiece model of which these files cannot say the same.
+        """
+        names = {i: name for name, i in self.backend.added.items()}
+        st_id = self.reserved[0] if self.reserved else self.size
+        if silent:
+            names[st_id] = "<st>"
+        words = getattr(self.backend, "ordinary", ())
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        added = [{"id": i, "content": name, **flags, "special": name not in words} for i, name in sorted(names.items())]
+        bos, eos = names.get(self.bos_id), names[self.eos_id]
+        first = [{"SpecialToken": {"id": bos, "type_id": 0}}] * (bos is not None)
+        template = {"type": "TemplateProcessing", "single": [*first, {"Sequence": {"id": "A", "type_id": 0}}],
+                    "pair": [*first, *({"Sequence": {"id": text, "type_id": 0}} for text in "AB")],
+                    "special_tokens": {bos: {"id": bos, "ids": [self.bos_id], "tokens": [bos]}} if first else {}}  # fmt: skip
+        whole = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "post_processor": template}
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos, "pad_token": eos,
+                  "additional_special_tokens": ["<st>"] * silent, "clean_up_tokenization_spaces": False}  # fmt: skip
+        texts = json.dumps(whole | self.backend.export(), ensure_ascii=False), json.dumps(config, indent=1) + "\n"
+        return dict(zip(("tokenizer.json", "tokenizer_config.json"), texts, strict=True)), st_id
+
 
 def demo_tokenizer():
     return _words({"words.json": json.dumps(DEMO_WORDS).encode()})
@@ -567,9 +638,8 @@ def _tokenizer_model(files):
     if not re.match(rb"[\w+/=]+ \d+\n", content):
         backend = SentencePiece(content)
         pieces = backend.start
-        special = {pieces.id_to_piece(i): i for i in range(backend.size) if pieces.is_control(i) or pieces.is_unknown(i)}
         bos, eos = (pieces.id_to_piece(i) if i >= 0 else None for i in (pieces.bos_id(), pieces.eos_id()))
-        return _finish("SentencePiece (tokenizer.model)", backend, files, special, bos, eos)
+        return _finish("SentencePiece (tokenizer.model)", backend, files, backend.added, bos, eos)
     ranks = {}
     for number, line in enumerate(content.splitlines(), 1):
         try:
@@ -683,6 +753,12 @@ def _spelling():
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
+def _splits(tokens):
+    """The merges `a b` of all tokens, in their order: every way to split one into two that are tokens, too."""
+    known = set(tokens)
+    return [f"{token[:i]} {token[i:]}" for token in tokens for i in range(1, len(token)) if {token[:i], token[i:]} <= known]
+
+
 def _last_merge(token, vocab):
     """What tiktoken has of a token's characters when only tokens of lower ids are merged."""
     parts = tuple(token)
@@ -777,6 +853,12 @@ def epoch_batches(lengths, batch_size, seed, epoch):
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
+def printable(tokenizer, token):
+    """A token's text without a blank or anything that would not be seen in it."""
+    text = tokenizer.decode([token])
+    return text.replace(" ", "_") if text.isprintable() else ascii(text)[1:-1]
+
+
 def picture(row, tokenizer, width=100):
     """A row as text: each token, and below it what it weighs in the loss ('.' where it is not learned)."""
     cells = []
@@ -786,10 +868,9 @@ def picture(row, tokenizer, width=100):
         elif token in tokenizer.reserved or token >= tokenizer.size:
             text = "<st>"
         else:
-            text = tokenizer.decode([token])
+            text = printable(tokenizer, token)
         length = row.y - row.z if row.z <= i < row.y else len(row.ids) - row.y
-        cells.append((text.replace(" ", "_") if text.isprintable() else ascii(text)[1:-1],
-                      "." if i < row.z else f"1/{length}"))  # fmt: skip
+        cells.append((text, "." if i < row.z else f"1/{length}"))
     lines, top, bottom = [], "", ""
     for token, weight in cells:
         size = max(len(token), len(weight)) + 1
@@ -949,9 +1030,13 @@ def one_line_errors():
         end(error, 2, show=os.environ.get("LOCAL_RANK", "0") == "0")
 
 
+def complain(error):
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+
+
 def end(error, code, show=True):
     if show:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        complain(error)
     sys.exit(code)
 
 

@@ -12,7 +12,7 @@ tensors; modules go by Llama's names there, GPT-2's, too, whose fused c_attn is 
 import json
 import math
 import os
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -144,6 +145,22 @@ def _read_gpt2(raw):
         max_position_embeddings=raw["n_positions"], norm_eps=raw["layer_norm_epsilon"],
         tie_word_embeddings=raw.get("tie_word_embeddings", True),
     )  # fmt: skip
+
+
+def write_config(config):
+    """The fields of a Hugging Face `config.json`, as transformers of version 4, too, and vLLM know them."""
+    if config.model_type == "gpt2":
+        return {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": config.vocab_size, "n_embd": config.hidden_size,
+                "n_inner": config.intermediate_size, "n_layer": config.num_hidden_layers, "n_head": config.num_attention_heads,
+                "n_positions": config.max_position_embeddings, "layer_norm_epsilon": config.norm_eps,
+                "activation_function": "gelu_new", "tie_word_embeddings": config.tie_word_embeddings}  # fmt: skip
+    raw = asdict(config)
+    raw |= {"architectures": [{"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[config.model_type]],
+            "hidden_act": "silu", "rms_norm_eps": raw.pop("norm_eps")}  # fmt: skip
+    if scaling := raw["rope_scaling"]:
+        context = int(scaling["original_max_position_embeddings"])
+        raw["rope_scaling"] = {"rope_type": "llama3", **scaling, "original_max_position_embeddings": context}
+    return raw
 
 
 LLAMA3_ROPE = dict(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192.0)
@@ -848,3 +865,63 @@ def _same(parameter, stored, rows=8192):
         if not torch.equal(part.to(mine), mine):
             return False
     return True
+
+
+# ------------------------------------------------------------------------------------------------------------ export
+
+
+@torch.no_grad()
+def export_hf(model, directory, st_id=None, tokens=None, shard_bytes=5 * 10**9):
+    """Writes a merged model into a directory as Hugging Face's libraries read it: config.json, generation_config.json, and
+    model.safetensors or, above `shard_bytes`, shards and their index.
+
+    st_id: where the embedding of the model's extra row goes, below V or V itself; None: nowhere. tokens: {"bos_token_id": ..., ...},
+    for both configurations. Raises ValueError for a model that is not merged, or `fuse`d, and OSError.
+    """
+    if model.merged is None or model.layers[0].self_attn.q_proj is None:
+        raise ValueError("only a merged model, not a fused one, has the weights of a checkpoint")
+    config, tokens = model.config, tokens or {}
+    head, embed, V = model.head, model.embed_tokens, model.config.vocab_size
+    if st_id is not None:
+        row = model.extra_rows[:1].to(embed.dtype)
+        if st_id == V:  # a new token's score is the mean of all: it is never the largest
+            head = torch.cat((head, head.float().mean(0, keepdim=True).to(head.dtype)))
+        embed = torch.cat((embed[:st_id], row, embed[st_id + 1 :]))
+        # a row that is not trained is the mean itself, and need not be told from the head's
+        tied = config.tie_word_embeddings and not model.adapters.train_extra_rows
+        config = replace(config, vocab_size=len(embed), tie_word_embeddings=tied)
+    prefix, parts = "transformer." if config.model_type == "gpt2" else "model.", {}
+    for name, parameter, _ in _checkpoint_names(model):  # c_attn's thirds in their order
+        parts.setdefault(prefix + name, []).append(parameter)
+    parts.pop(f"{prefix}lm_head.weight", None)
+    parts[prefix + ("wte.weight" if config.model_type == "gpt2" else "embed_tokens.weight")] = [embed]
+    if not config.tie_word_embeddings:
+        parts["lm_head.weight"] = [head]
+    shards, size = [[]], 0
+    for name, some in parts.items():
+        more = sum(part.nbytes for part in some)
+        if shards[-1] and size + more > shard_bytes:
+            shards, size = [*shards, []], 0
+        shards[-1].append(name)
+        size += more
+    directory, files = Path(directory), ["model.safetensors"]
+    if len(shards) > 1:
+        files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+        index = {"metadata": {"total_size": sum(part.nbytes for some in parts.values() for part in some)},
+                 "weight_map": {name: file for file, names in zip(files, shards, strict=True) for name in names}}  # fmt: skip
+        _write_json(directory / "model.safetensors.index.json", index)
+    for file, names in zip(files, shards, strict=True):
+        save_file({name: torch.cat(parts[name], dim=-1).cpu() for name in names}, directory / file, {"format": "pt"})
+    dtype = {"torch_dtype": str(embed.dtype).removeprefix("torch.")}
+    _write_json(directory / "config.json", write_config(config) | dtype | tokens)
+    _write_json(directory / "generation_config.json", {"do_sample": False, **tokens})
+
+
+def _write_json(path, value):
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":  # python model.py export RUN_DIR HF_DIR
+    import eval as evaluation  # the one place that looks up: a run is what train.py writes and eval.py reads
+
+    evaluation.run_program(evaluation.export)

@@ -1,6 +1,6 @@
 """Makes tests/fixtures: tiny models and tokenizers, with what Hugging Face's libraries compute with them.
 
-    pip install transformers && python tests/make_fixtures.py
+    pip install transformers && python tests/make_fixtures.py        (run-*, too, from the others)
 
 Each directory of a model (random weights) holds config.json and model.safetensors as `save_pretrained` writes them, and expected.safetensors: ids
 [1, 320], and at some positions the logits [P, V] and the output of every decoder layer [L, P, n], before the final norm.
@@ -8,15 +8,31 @@ Every weight is drawn large enough to matter; the context that the rope is scale
 
 Each directory of a tokenizer (byte-level BPE, trained on the lines below) holds tokenizer.json, tokenizer_config.json, and
 expected.json: texts, and their ids when special tokens within are read as text.
+
+Each run-* is a run directory (LoRA and REM on random weights) with expected.json and expected.safetensors: what transformers makes of it
+when it is exported: for each pathway the checksums of the JSON files that it read, the ids of some prompts, the logits of their last four
+(in bf16, too), and the greedy answers.
 """
 
+import dataclasses
+import hashlib
 import json
+import sys
+import tempfile
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, Qwen2Config
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import dart
+import data
+import eval as evaluation
+from model import ModelConfig, Transformer
+
+FIXTURES = Path(__file__).parent / "fixtures"
 
 T = 320
 POSITIONS = [*range(0, T, 16), *range(T - 12, T)]
@@ -100,10 +116,52 @@ def make_tokenizer(directory, pattern, special, first, words):
     (directory / "expected.json").write_text(json.dumps({"texts": TEXTS, "ids": ids}))
 
 
+# Of the models and tokenizers above; embeddings that the tokenizer has no ids for. With a reserved id for <st>, a row among those, and a new
+# one.
+RUNS = {"run-llama": ("llama", "llama3", 5), "run-qwen2": ("qwen2", "qwen2", 7), "run-gpt2": ("gpt2", "gpt2", 0)}
+QUESTIONS = ["How many apples does Zoë have left?", "She sold 12,345 of them; what's 3½ times as much?"]
+
+
+def make_run(directory, arguments):
+    family, tokenizer, more = arguments
+    tokenizer = data.Tokenizer.from_pretrained(FIXTURES / f"tokenizer-{tokenizer}")
+    config = dataclasses.replace(ModelConfig.from_pretrained(FIXTURES / family), vocab_size=tokenizer.size + more, num_hidden_layers=2)
+    options = evaluation.RunOptions(model=family, random_init=True, lora_rank=2, lora_alpha=2.0, rem_rank=2, rem_alpha=2.0,
+                                    n_st=3, dtype="fp32", max_new_tokens=8)  # fmt: skip
+    torch.manual_seed(1)
+    model = Transformer(config, dart.DART.adapters(tokenizer, options))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("lora_b", "r2")) or parameter.dim() == 1:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    tokenizer.save(directory)
+    save_file({name: p.contiguous() for name, p in model.adapter_state(complete=True).items()}, directory / "adapter.safetensors")
+    saved = {"options": dataclasses.asdict(options), "model_config": dataclasses.asdict(config)}
+    (directory / "config.json").write_text(json.dumps(saved))
+    expected, logits = {"questions": QUESTIONS}, {}
+    for pathway in ("st", "cot"):
+        for dtype in ("fp32", "bf16"):
+            with tempfile.TemporaryDirectory() as hf:
+                evaluation.export(["export", str(directory), hf, "--pathway", pathway, "--dtype", dtype])
+                theirs, words = AutoModelForCausalLM.from_pretrained(hf), AutoTokenizer.from_pretrained(hf)
+                digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(Path(hf).glob("*.json"))}
+            some = {"files": digests, "ids": [], "answers": []}
+            for i, question in enumerate(QUESTIONS):
+                ids = words(question + ("<st>" * 3 + "Answer:") * (pathway == "st"), return_tensors="pt").input_ids
+                with torch.no_grad():
+                    logits[f"{pathway} {dtype} {i}"] = theirs(ids).logits[0, -4:]
+                answer = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8)[0, ids.shape[1] :]
+                some["ids"].append(ids[0].tolist())
+                some["answers"].append(answer.tolist())
+            expected[f"{pathway} {dtype}"] = some
+    (directory / "expected.json").write_text(json.dumps(expected, indent=1))
+    save_file({name: tensor.contiguous() for name, tensor in logits.items()}, directory / "expected.safetensors")
+
+
 if __name__ == "__main__":
-    for table, function in ((CONFIGS, make), (TOKENIZERS, lambda at, args: make_tokenizer(at, *args))):
+    for table, function in ((CONFIGS, make), (TOKENIZERS, lambda at, args: make_tokenizer(at, *args)), (RUNS, make_run)):
         for name, arguments in table.items():
-            directory = Path(__file__).parent / "fixtures" / name
+            directory = FIXTURES / name
             directory.mkdir(parents=True, exist_ok=True)
             function(directory, arguments)
             (directory / "generation_config.json").unlink(missing_ok=True)
