@@ -244,7 +244,7 @@ def distill_loss(teacher, student, sigma=None, attached=False, norm="l1", weight
 class Method(nn.Module):
     """A way of training, around the model. A subclass says which pathways there are and what a step passes through.
 
-    pathways: name -> Pathway. Questions are answered through the last one.
+    pathways: name -> Pathway. Questions are answered through the last one, `answers_through`.
     """
 
     drops_last_step = False  # by default
@@ -273,6 +273,7 @@ class Method(nn.Module):
         self.fill_id = self.special_ids[0] if self.special_ids else -1
         self.drop = options.last_step == "drop" or (options.last_step == "auto" and self.drops_last_step)
         self.pathways = self.make_pathways()
+        self.answers_through = list(self.pathways)[-1]
 
     def stage(self, step, steps_per_epoch):
         """How far the CoT is left out in the step (0, 1, ...), for methods that leave it out by and by. Where it changes, the

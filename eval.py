@@ -328,144 +328,151 @@ def suite_table(rows):
 
 
 @torch.no_grad()
-def layers_at(model, ids, silent, positions):
-    """The outputs of all layers [L, P, n] at some positions of one row."""
+def states_at(model, ids, silent, positions):
+    """The outputs of all layers at P positions of one row of ids: [L, P, n]."""
     ids, positions = (torch.tensor([some], device=model.embed_tokens.device) for some in (ids, positions))
     return model(ids, silent, at=positions)[1][:, 0]
 
 
 @torch.no_grad()
 def logit_lens(model, states, k):
-    """What the model would say next if a layer were its last: final norm and head on states [..., n] -> (probabilities [..., k],
-    ids [..., k]) of the most likely tokens."""
+    """What the model would say next if each layer were its last: final norm and head on states [L, P, n] -> the k likeliest tokens,
+    (probabilities [L, P, k], ids [L, P, k])."""
     return model.logits(model.norm(states)).float().softmax(-1).topk(min(k, len(model.head)))
 
 
-def thoughts_of(method, prompt):
-    """The silent pathway's positions in its prompt, up to z_N: those of the silent tokens, and those of the separator."""
-    pathway = list(method.pathways.values())[-1]
-    z_t = len(prompt) - len(pathway.separator(method.tokenizer))
-    return list(range(z_t - pathway.n_fill, z_t)), list(range(z_t, len(prompt)))
+def silent_states(method, question):
+    """(ids, states [L, C + separator, n]) of the silent tokens and the separator behind a question; the last one is z_N."""
+    pathway, tokenizer = method.pathways[method.answers_through], method.tokenizer
+    prompt = pathway.prompt(question, tokenizer)
+    positions = list(range(len(prompt) - len(pathway.separator(tokenizer)) - pathway.n_fill, len(prompt)))
+    return [prompt[i] for i in positions], states_at(method.model, prompt, pathway.silent, positions)
 
 
-def written_steps(method, question, max_new_tokens):
-    """(ids, index of z_N) of the CoT pathway's own CoT: what it reads before it answers. None where it writes no separator."""
+def teacher_state(method, question, max_new_tokens):
+    """The state at z_N of the CoT pathway behind steps that it wrote itself: [L, 1, n]. None where there is no such pathway, or it
+    writes no separator."""
+    if "cot" not in method.pathways:
+        return None
     pathway, tokenizer = method.pathways["cot"], method.tokenizer
     prompt, separator = pathway.prompt(question, tokenizer), pathway.separator(tokenizer)
     (written,) = dart.generate(method.model, tokenizer, pathway, [prompt], max_new_tokens)
     ends = [i for i in range(len(separator), len(written) + 1) if written[i - len(separator) : i] == separator]
-    return (prompt + written, len(prompt) + ends[-1] - 1) if ends else None
+    return states_at(method.model, prompt + written, False, [len(prompt) + ends[-1] - 1]) if ends else None
 
 
 def lens(method, question, max_new_tokens, k):
-    """The logit lens on one question: columns, one a position, of the last one z_N, and then the CoT pathway's z_N, each {"position",
-    "layers": the k likely tokens [L][k] as (text, probability)}; and the distance of the two z_N in each layer [L], in units of
-    sigma (here the standard deviation of this one state), or [] where there is no CoT pathway or it writes no separator."""
+    """The logit lens on one question: (columns, distances).
+
+    columns: {position: the k likeliest tokens of each layer, [L][k] of (text, probability)}, of the silent tokens, the separator's tokens
+    up to z_N, and the CoT pathway's z_N. distances [L]: between the two z_N, in units of sigma (here that of the one
+    state); [] where there is one alone.
+    """
     tokenizer, model = method.tokenizer, method.model
-    prompt = list(method.pathways.values())[-1].prompt(question, tokenizer)
-    silent, separator = thoughts_of(method, prompt)
-    names = [f"<st> {i}" for i in range(1, len(silent) + 1)] + [printable(tokenizer, prompt[i]) for i in separator]
-    states, distances = layers_at(model, prompt, list(method.pathways.values())[-1].silent, silent + separator), []
-    cot = written_steps(method, question, max_new_tokens) if "cot" in method.pathways else None
-    if cot:
-        teacher = layers_at(model, cot[0], False, [cot[1]])  # [L, 1, n]
+    ids, states = silent_states(method, question)
+    n_fill, distances = method.pathways[method.answers_through].n_fill, []
+    names = [f"{i + 1} {'<st>' if i < n_fill else printable(tokenizer, token)}" for i, token in enumerate(ids)]
+    teacher = teacher_state(method, question, max_new_tokens)
+    if teacher is not None:
         distances = [dart.distill_loss(t[None], s[None]).item() for t, s in zip(teacher, states[:, -1:], strict=True)]
-        names, states = [*names, f"CoT's {names[-1]}"], torch.cat((states, teacher), dim=1)
-    shares, ids = (some.transpose(0, 1).tolist() for some in logit_lens(model, states, k))  # [P][L][k]
-    return [{"position": name, "layers": [[(printable(tokenizer, i), p) for i, p in zip(*cell, strict=True)]
-                                          for cell in zip(some, these, strict=True)]}
-            for name, some, these in zip(names, ids, shares, strict=True)], distances  # fmt: skip
+        names, states = [*names, f"CoT's {printable(tokenizer, ids[-1])}"], torch.cat((states, teacher), dim=1)
+    shares, tokens = (some.transpose(0, 1).tolist() for some in logit_lens(model, states, k))  # [P][L][k]
+    columns = {name: [[(printable(tokenizer, i), p) for i, p in zip(*both, strict=True)] for both in zip(*layers, strict=True)]
+               for name, *layers in zip(names, tokens, shares, strict=True)}  # fmt: skip
+    return columns, distances
 
 
-def lens_table(columns, distances, width=100, colours=False):
-    """The columns of `lens` as text, as many side by side as fit into the width; probabilities in %."""
+def lens_table(columns, distances, width, colours=False):
+    """What `lens` returns as text: in each cell the tokens with their probabilities in %, and as many columns side by side as fit into the
+    width."""
     blocks, left = [[]], 0
-    for column in columns:
-        cells = [[f"{token} {100 * p:.0f}" for token, p in layer] for layer in column["layers"]]
-        size = max(len(column["position"]), *(len(text) for layer in cells for text in layer)) + 1
-        if blocks[-1] and left + size > width - 16:
+    for name, layers in columns.items():
+        cells = [[f"{token} {100 * p:.0f}" for token, p in layer] for layer in layers]
+        size = max(len(name), *(len(text) for layer in cells for text in layer))
+        if blocks[-1] and left + size + 1 > width - 16:
             blocks, left = [*blocks, []], 0
-        blocks[-1].append((column, cells, size))
-        left += size
+        blocks[-1].append((name.ljust(size), [[text.ljust(size) for text in layer] for layer in cells], layers))
+        left += size + 1
     lines = []
     for block in blocks:
-        lines += ["layer  " + " ".join(column["position"].ljust(size) for column, _, size in block) + " distance" * bool(distances)]
-        for layer in range(len(block[0][1])):
-            for rank in range(len(block[0][1][0])):
-                row = [(cells[layer][rank].ljust(size), column["layers"][layer][rank][1]) for column, cells, size in block]
-                head = f"{layer + 1:5}  " if rank == 0 else " " * 7
-                tail = f" {distances[layer]:8.3f}" if distances and rank == 0 else ""
-                lines.append(head + " ".join(shade(text, p) if colours else text for text, p in row) + tail)
+        lines.append(" ".join(["layer", *(name for name, _, _ in block), "distance" * bool(distances)]))
+        for layer, distance in enumerate(distances or [None] * len(block[0][1])):
+            for rank in range(len(block[0][1][layer])):
+                row = [(cells[layer][rank], layers[layer][rank][1]) for _, cells, layers in block]
+                row = [shade(text, p) if colours else text for text, p in row]
+                first, last = (f"{layer + 1:5}", f"{distance:8.3f}" if distances else "") if rank == 0 else (" " * 5, "")
+                lines.append(" ".join([first, *row, last]))
         lines.append("")
     return "\n".join(line.rstrip() for line in lines)
 
 
 def shade(text, p):
-    """A text on a grey that is the lighter the more likely it is, for a terminal of 256 colours."""
+    """A text on a grey that is the lighter the likelier it is, for a terminal of 256 colours."""
     return f"\x1b[48;5;{232 + round(23 * p)}m\x1b[38;5;{15 if p < 0.5 else 16}m{text}\x1b[0m"
 
 
-LAST = re.compile(r"\d*\.?\d+|[^\W\d_]+")  # a number or a word: what a step comes to is its last
+LAST = re.compile(r"\d*\.?\d+|[^\W\d_]+")  # numbers and words: the last one of a step is its result
+
+
+def words_of(problem):
+    """The numbers and words of a problem that are no intermediate result: those of question and answer."""
+    return {*LAST.findall(problem.question), *LAST.findall(problem.answer)}
 
 
 def results_of(problem):
-    """The results of a CoT's steps but the last, without those that stand in the question or are the answer."""
-    known = {*LAST.findall(problem.question), *LAST.findall(problem.answer)}
-    return {found[-1] for found in map(LAST.findall, problem.steps[:-1]) if found} - known
+    """The results of a CoT's steps but the last, where neither question nor answer has them."""
+    return {found[-1] for found in map(LAST.findall, problem.steps[:-1]) if found} - words_of(problem)
 
 
-def probe(method, problems, k, shifts=10):
-    """How often an intermediate result of the gold CoT is among the k likely tokens, and what is known of the layers besides: one
-    dictionary a layer, and at last one of all layers together.
+def probe(method, problems, k, rotations=10):
+    """How often an intermediate result of the gold CoT is among the k likeliest tokens of a state: one dictionary a layer, and one of any
+    layer. Raises ValueError where no problem has such a result.
 
-    Looked at are the silent tokens ("<st>", at any of them), z_N, and the CoT pathway's z_N behind the gold steps ("CoT's z_N"). A result
-    counts by its first token's text. "... control": the same, for the results of other problems (the mean of some
-    rotations of their order) that are neither results, nor in question and answer, of the problem looked at. top: the mean probability of the likeliest
-    token at <st>. distance: between the two z_N in units of sigma, as in equation (4), over all problems.
+    "<st>": at any of the silent tokens; "z_N"; "CoT's z_N": at the CoT pathway's, behind the gold steps. A result counts by the text of
+    its first token. "... control": the same for results of other problems (by rotations of a shuffled order) that are not this one's, nor in its
+    question and answer. top: the mean probability of the likeliest token at <st>. distance: of the two z_N in units of sigma, as in
+    equation (4), over all problems.
     """
-    tokenizer, model, pathway = method.tokenizer, method.model, list(method.pathways.values())[-1]
-    seen, top, teachers, students = [], [], [], []
+    tokenizer, model, cot = method.tokenizer, method.model, method.pathways.get("cot")
+    n_fill = method.pathways[method.answers_through].n_fill
     text = functools.cache(lambda i: tokenizer.decode([i]).strip())
-    for problem in problems:
-        prompt = pathway.prompt(problem.question, tokenizer)
-        silent, separator = thoughts_of(method, prompt)
-        states = {"<st>": layers_at(model, prompt, pathway.silent, silent)} if silent else {}
-        states["z_N"] = layers_at(model, prompt, pathway.silent, separator[-1:])
-        if "cot" in method.pathways:
-            row = method.pathways["cot"].row(problem, tokenizer)
-            states["CoT's z_N"] = layers_at(model, row.ids.tolist(), False, [row.y - 1])
-            teachers.append(states["CoT's z_N"])
-            students.append(states["z_N"])
-        likely = {place: logit_lens(model, some, k) for place, some in states.items()}  # [L, P, k]
-        seen.append({place: [set(map(text, layer)) for layer in ids.flatten(1).tolist()] for place, (_, ids) in likely.items()})
-        top.append(list(likely.values())[0][0][..., 0].mean(1))
-    results = [results_of(problem) for problem in problems]
     first = functools.cache(lambda result: text(tokenizer.encode(result, bos=False, eos=False, continued=True)[0]))
-    order = np.random.default_rng(0).permutation(len(problems))
-    pairs = [(i, result) for i in order for result in results[i]]
-    control = []
-    for shift in range(1, min(shifts, len(problems) - 1) + 1):
-        for i, j in zip(order, np.roll(order, shift), strict=True):
-            known = results[i] | {*LAST.findall(problems[i].question), *LAST.findall(problems[i].answer)}
-            control += [(i, result) for result in results[j] - known]
-    if not pairs or not control:
-        raise ValueError("the problems have no intermediate results to look for")
-    rows, layers = [], len(top[0])
-    for some in [[layer] for layer in range(layers)] + [range(layers)]:
-        row = {"layer": some[0] + 1 if len(some) == 1 else "any", "n": len(pairs)}
-        for place in seen[0]:
-            for name, asked in ((place, pairs), (f"{place} control", control)):
-                row[name] = statistics.mean(any(first(result) in seen[i][place][layer] for layer in some) for i, result in asked)
-        if len(some) == 1:
-            row["top"] = statistics.mean(one[some[0]].item() for one in top)
-            if teachers:
-                row["distance"] = dart.distill_loss(*(torch.cat(states, dim=1)[some] for states in (teachers, students))).item()
+    likely, top, students, teachers = [], [], [], []  # one a problem
+    for problem in problems:
+        _, states = silent_states(method, problem.question)
+        places = {"<st>": states[:, :n_fill]} if n_fill else {}
+        places["z_N"] = states[:, -1:]
+        if cot:
+            row = cot.row(problem, tokenizer)
+            places["CoT's z_N"] = states_at(model, row.ids.tolist(), False, [row.y - 1])
+            students.append(places["z_N"])
+            teachers.append(places["CoT's z_N"])
+        lenses = {place: logit_lens(model, some, k) for place, some in places.items()}
+        likely.append({place: [set(map(text, layer)) for layer in ids.flatten(1).tolist()] for place, (_, ids) in lenses.items()})
+        top.append(lenses[next(iter(places))][0][..., 0].mean(1))  # [L]
+    results, order = [results_of(problem) for problem in problems], np.random.default_rng(0).permutation(len(problems))
+    gold = [(i, result) for i in order for result in results[i]]
+    control = [(i, result) for shift in range(1, min(rotations + 1, len(problems))) for i, j in zip(order, np.roll(order, shift), strict=True)
+               for result in results[j] - results[i] - words_of(problems[i])]  # fmt: skip
+    if not gold or not control:
+        raise ValueError("--lens: the problems have no intermediate results to look for; with a question it shows what there is")
+    rows, L = [], len(top[0])
+    for name, layers in [*((layer + 1, [layer]) for layer in range(L)), ("any", range(L))]:
+        row = {"layer": name, "n": len(gold)}
+        for place in likely[0]:
+            for name, pairs in ((place, gold), (f"{place} control", control)):
+                row[name] = statistics.mean(any(first(result) in likely[i][place][layer] for layer in layers) for i, result in pairs)
         rows.append(row)
+    for layer, row in enumerate(rows[:-1]):
+        row["top"] = statistics.mean(one[layer].item() for one in top)
+        if cot:
+            row["distance"] = dart.distill_loss(*(torch.cat([one[layer : layer + 1] for one in some], dim=1)
+                                                  for some in (teachers, students))).item()  # fmt: skip
     return rows
 
 
 def probe_table(rows):
-    """The rows of `probe` in Markdown: "a / b" are the shares of results and of the control in %."""
+    """The rows of `probe` in Markdown: the shares of results / of the control in %."""
     places = [name for name in rows[0] if f"{name} control" in rows[0]]
     return markdown([
         {"layer": row["layer"], "n": row["n"], **{place: f"{100 * row[place]:.1f} / {100 * row[f'{place} control']:.1f}" for place in places},
@@ -473,35 +480,48 @@ def probe_table(rows):
         for row in rows])  # fmt: skip
 
 
-def plot(path, directories, columns=()):
-    """An image: the losses of the runs, from their log.jsonl, and the heat map of `lens`'s columns. ValueError where there is no matplotlib
-    or nothing to draw."""
+def loss_curves(directory):
+    """{loss: ([steps], [values])} of a run's log.jsonl. ValueError where that is no log, or of no step yet."""
+    path, curves = Path(directory) / "log.jsonl", {}
     try:
-        import matplotlib.pyplot as plt
+        for line in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+            names = itertools.takewhile(lambda name: name != "lr", list(line)[1:] if "lr" in line else ())
+            for name in names:
+                steps, values = curves.setdefault(name, ([], []))
+                steps.append(int(line["step"]))
+                values.append(float(line[name]))
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f"{path}: not the log of a run ({error})") from None
+    if not curves:
+        raise ValueError(f"{path}: there is no loss in it yet")
+    return curves
+
+
+def plot(path, directories, columns=None):
+    """An image: the losses of runs, and the likeliest tokens of `lens`'s columns as a heat map. Raises ValueError for what cannot be drawn."""
+    try:
+        from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
-    shown = bool(columns)
-    figure, axes = plt.subplots(1 + shown, squeeze=False, figsize=(max(7, 0.8 * len(columns)), 4 * (1 + shown)), layout="constrained")
+    rows = 1 + bool(columns)
+    figure = Figure(figsize=(max(8, 0.8 * len(columns or ())), 4 * rows), layout="constrained")
+    losses, *heat = figure.subplots(rows, squeeze=False).flat
     for i, directory in enumerate(directories):
-        lines = [json.loads(line) for line in (Path(directory) / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-        lines = [line for line in lines if "lr" in line]
-        names = list(itertools.takewhile(lambda name: name != "lr", list(lines[0])[1:])) if lines else []
-        for name, style in zip(names, ("-", "--", ":", "-."), strict=False):
-            axes[0, 0].plot([line["step"] for line in lines], [line[name] for line in lines], style, color=f"C{i}", label=f"{directory} {name}")
-    axes[0, 0].set(xlabel="step", ylabel="loss", yscale="log")
-    axes[0, 0].legend()
-    if columns:
-        shares = np.array([[layer[0][1] for layer in column["layers"]] for column in columns]).T  # [L, P]
-        axes[1, 0].imshow(shares, aspect="auto", origin="lower", cmap="Greys", vmin=0, vmax=1)
-        for x, column in enumerate(columns):
-            for y, layer in enumerate(column["layers"]):
-                axes[1, 0].text(x, y, layer[0][0].replace("$", r"\$"), ha="center", va="center", color="C0")
-        axes[1, 0].set_xticks(range(len(columns)), [column["position"] for column in columns], rotation=45)
-        axes[1, 0].set_yticks(range(len(shares)), range(1, len(shares) + 1))
-        axes[1, 0].set(ylabel="layer")
+        for (name, curve), style in zip(loss_curves(directory).items(), ("-", "--", ":"), strict=False):
+            losses.plot(*curve, style, color=f"C{i}", label=f"{directory} {name}")
+    losses.set(xlabel="step", ylabel="loss", yscale="log")
+    losses.legend()
+    for axes in heat:
+        axes.imshow([[layers[i][0][1] for layers in columns.values()] for i in range(len(next(iter(columns.values()))))],
+                    aspect="auto", origin="lower", cmap="Greys", vmin=0, vmax=1)  # fmt: skip
+        for x, layers in enumerate(columns.values()):
+            for y, ((token, p), *_) in enumerate(layers):
+                axes.text(x, y, token.replace("$", r"\$"), ha="center", va="center", color="white" if p > 0.5 else "black")
+        axes.set_xticks(range(len(columns)), [name.replace("$", r"\$") for name in columns], rotation=45)
+        axes.set_yticks(range(y + 1), range(1, y + 2))
+        axes.set(ylabel="layer")
     with replacing(path) as temporary:
-        plt.savefig(temporary, format=Path(path).suffix[1:] or "png")
-    plt.close(figure)
+        figure.savefig(temporary, format=Path(path).suffix[1:] or "png")
 
 
 # ------------------------------------------------------------------------------------------------------------ program
@@ -614,8 +634,9 @@ def ask(method, questions, options):
 
 def look(method, sets, options):
     """The lens on a question, or on data sets: prints what it shows, and returns its figures."""
-    if list(method.pathways.values())[-1].thoughts or list(method.pathways.values())[-1].steps:
-        raise ValueError(f"--lens: {method.options.method} has no pathway with silent tokens")
+    pathway = method.pathways[method.answers_through]
+    if pathway.thoughts or pathway.steps:
+        raise ValueError(f"--lens: {method.options.method} does not answer in one pass")
     if options.lens == "-":
         figures = [{"data": name, **row} for name, problems in sets.items() for row in probe(method, problems, options.top_k)]
         for name in sets:
@@ -639,7 +660,7 @@ def main(argv=None):
             return plot(options.plot, options.ckpt)
         method, run = load_run(options.ckpt[0], options.model, pick_device(options.device), options.dtype, options.best)
         options.max_new_tokens = options.max_new_tokens or run.max_new_tokens
-        options.pathway = options.pathway or (list(method.pathways)[-1],)
+        options.pathway = options.pathway or (method.answers_through,)
         if unknown := [name for name in options.pathway if name not in method.pathways]:
             raise ValueError(f"--pathway {unknown[0]}: {run.method} has {' and '.join(method.pathways)}")
         names = () if options.ask or options.lens not in (None, "-") else options.data or (run.data,)
@@ -726,7 +747,7 @@ def export(argv=None):
         if out.exists() and not (out.is_dir() and not any(out.iterdir())):
             raise ValueError(f"{out}: exists already")
         method, run = load_run(asked.run, asked.model, dtype=asked.dtype, best=asked.best)
-        name = asked.pathway or list(method.pathways)[-1]
+        name = asked.pathway or method.answers_through
         pathway = method.pathways.get(name)
         if pathway is None or pathway.thoughts:
             raise ValueError(f"--pathway {name}: " + ("continuous thoughts are no tokens: no plain model has them" if pathway else

@@ -746,7 +746,7 @@ def train(run, rank, world, device, label=""):
             accuracies = validate(method, run.valid, options, rank, world)
             text = "  ".join(f"{name} {100 * share:.1f} %" for name, share in accuracies.items())
             log.write({"step": progress.step, "valid": accuracies}, f"step {progress.step}  validation: {text}", done=True)
-            accuracy, state = list(accuracies.values())[-1], method.model.adapter_state(options.complete)
+            accuracy, state = accuracies[method.answers_through], method.model.adapter_state(options.complete)
             if rank == 0 and accuracy > progress.best:
                 if save("best.safetensors", save_tensors, state, out / "best.safetensors", progress.step):
                     progress.best = accuracy
@@ -900,10 +900,9 @@ def evaluated(one, names, device):
     figures = read_json(path) if path.is_file() else {}
     if missing := [name for name in names if name not in figures]:
         method, run = load_run(one.out, device=device)
-        pathway = list(method.pathways)[-1]
         sets = {name: data.load(name, "test", one.seed, one.data_dir) for name in missing}
-        how = EvalOptions(pathway=(pathway,), max_new_tokens=run.max_new_tokens)
-        figures |= {row["data"]: row for row in evaluate_pathway(method, pathway, sets, how)[0]}
+        how = EvalOptions(pathway=(method.answers_through,), max_new_tokens=run.max_new_tokens)
+        figures |= {row["data"]: row for row in evaluate_pathway(method, method.answers_through, sets, how)[0]}
         write_atomically(path, json.dumps(figures, indent=1) + "\n")
     return figures
 
@@ -930,9 +929,10 @@ def conclude_suite(options, runs, device):
 
 def draw_figure2(tables, path):
     """Accuracy and time to an answer over C, for each data set."""
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
-    figure, left = plt.subplots()
+    figure = Figure()
+    left = figure.subplots()
     right = left.twinx()
     for name, rows in tables.items():
         n_st = [int(row["row"].removeprefix("C = ")) for row in rows]
@@ -943,7 +943,6 @@ def draw_figure2(tables, path):
     right.set(ylabel="time to an answer (ms, dotted)", ylim=(0, None))
     left.legend()
     figure.savefig(path)
-    plt.close(figure)
 
 
 # ------------------------------------------------------------------------------------------------------------ program

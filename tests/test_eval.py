@@ -1,8 +1,14 @@
 """eval.py: intervals, tables, loading a run, the command line's errors. CPU, no network."""
 
 import dataclasses
+import importlib.util
+import io
 import json
+import statistics
+import sys
+import types
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +18,9 @@ import eval as evaluation
 import train
 from data import DEMO_WORDS
 from model import MODELS, Transformer
+
+
+HAVE_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +138,14 @@ def changed_option(name, value):
     [
         (lambda run, tmp: [], "--ckpt DIR is missing"),
         (lambda run, tmp: ["--ckpt", "/nowhere"], "/nowhere: not a run"),
+        (lambda run, tmp: ["--ckpt", str(run), str(run)], "several runs only with --plot"),
+        (lambda run, tmp: ["--ckpt", str(run), "--ask", ""], "the question is empty"),
+        (lambda run, tmp: ["--ckpt", str(run), "--lens", ""], "the question is empty"),
+        (lambda run, tmp: ["--ckpt", str(run), "--lens", "zebra ?"], "'zebra' is not in the vocabulary"),
+        (lambda run, tmp: ["--ckpt", str(run), "--lens", "--ask"], "not both"),
+        (lambda run, tmp: ["--ckpt", str(run), "--lens", "--limit", "1"], "no intermediate results"),
+        (lambda run, tmp: ["--ckpt", str(run), "--plot", str(run / "config.json")], "exists already"),
+        (lambda run, tmp: ["--ckpt", str(tmp), "--plot", str(tmp / "p.png")], "log.jsonl" if HAVE_MATPLOTLIB else "pip install matplotlib"),
         (lambda run, tmp: ["--ckpt", str(run), "--pathway", "no-cot"], "--pathway no-cot: dart has cot and st"),
         (lambda run, tmp: ["--ckpt", str(run), "--data", "/nowhere.txt"], "/nowhere.txt: no such data file"),
         (lambda run, tmp: ["--ckpt", str(run), "--split", "dev"], "invalid choice: 'dev'"),
@@ -155,7 +172,8 @@ def test_bad_input_is_one_line_and_exit_code_2(a_run, tmp_path, capsys, argument
     with pytest.raises(SystemExit) as stop:
         evaluation.main([*arguments(a_run, tmp_path), "--latency", "0"])
     captured = capsys.readouterr()
-    assert stop.value.code == 2 and message in captured.err and captured.err.count("\n") == 1
+    assert stop.value.code == 2 and message in captured.err
+    assert captured.err.count("\n") == 1 + ("--ask" in arguments(a_run, tmp_path) and "not both" not in message)
 
 
 def test_the_time_to_an_answer_has_its_thoughts_in_it(monkeypatch):
@@ -192,3 +210,211 @@ def test_compiled_answers_are_the_same(name, monkeypatch):
             assert found == want
         assert graphs and (len(graphs) <= 6 or name == "codi")
     torch._dynamo.reset()
+
+
+# ---------------------------------------------------------------------------------------------- into silent thought
+
+QUESTION = "sam has 7 pens gets 5 packs of 4 ?"
+
+
+@pytest.fixture(scope="module")
+def method(a_run):
+    """The run, its weights much larger, so that the layers differ."""
+    method, _ = evaluation.load_run(a_run)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in method.model.layers.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    return method
+
+
+def slow_states(method, ids, silent):
+    """The output of every layer on a row, by hooks: [L, T, n]."""
+    found = []
+    hooks = [layer.register_forward_hook(lambda _, __, out: found.append(out[0])) for layer in method.model.layers]
+    with torch.no_grad():
+        hidden = method.model(torch.tensor([ids]), silent)
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(found), method.model.logits(hidden)[0].softmax(-1)
+
+
+def cot_ids(method, question, written):
+    return method.pathways["cot"].prompt(question, method.tokenizer) + written
+
+
+def test_the_lens_shows_what_each_layer_would_say(method, monkeypatch):
+    """Against hooks and a loop; the last layer says what the model does. The CoT pathway's z_N is behind the last separator it wrote."""
+    tokenizer, model = method.tokenizer, method.model
+    written = tokenizer.encode("Answer: <<7+5=12>> Answer: 3", bos=False, eos=True)
+    monkeypatch.setattr(dart, "generate", lambda *_: [written])
+    columns, distances = evaluation.lens(method, QUESTION, 24, 3)
+    assert list(columns) == ["1 <st>", "2 <st>", "3 <st>", "4 <st>", "5 Answer", "6 :", "CoT's :"]
+    prompt = method.pathways["st"].prompt(QUESTION, tokenizer)
+    student, says = slow_states(method, prompt, True)
+    teacher, _ = slow_states(method, cot_ids(method, QUESTION, written), False)
+    assert tokenizer.decode(prompt[-6:]) == "<st> <st> <st> <st> Answer:"
+    want = [student[:, i] for i in range(len(prompt) - 6, len(prompt))] + [teacher[:, -3]]
+    for layers, states in zip(columns.values(), want, strict=True):
+        for tokens, state in zip(layers, states, strict=True):
+            shares = model.logits(model.norm(state)).softmax(-1)
+            best = sorted(range(59), key=lambda i: -shares[i])[:3]
+            assert [text for text, _ in tokens] == [tokenizer.decode([i]) for i in best]
+            assert [p for _, p in tokens] == pytest.approx([shares[i].item() for i in best], rel=1e-4)
+    for i, name in enumerate(list(columns)[:6]):
+        assert columns[name][-1][0][1] == pytest.approx(says[len(prompt) - 6 + i].max().item(), rel=1e-4)
+    far = [((t - s).abs().mean() / t.std()).item() for t, s in zip(teacher[:, -3], student[:, -1], strict=True)]
+    assert distances == pytest.approx(far, rel=1e-4) and min(far) > 0.1
+    monkeypatch.setattr(dart, "generate", lambda *_: [written[2:6]])  # no separator
+    columns, distances = evaluation.lens(method, QUESTION, 24, 1)
+    assert list(columns)[-1] == "6 :" and distances == []
+
+
+def test_results_are_those_of_the_steps_but_the_last():
+    problem = data.Problem("Ann has 12 pens and .5 more", ["<<6*2=12>>", "<<12+.5=12.5>>", "<<3*2.0=6.25>>", "so half", "<<1=1>>"], "6.25")
+    assert evaluation.results_of(problem) == {"12.5", "half"}
+    assert evaluation.results_of(data.Problem("a", ["<<6*2=12>>"], "12")) == set()
+    assert evaluation.results_of(data.Problem("a", [], "12")) == set()
+
+
+@pytest.mark.parametrize("k", [1, 5])
+def test_how_often_a_result_is_among_the_likely_tokens(method, k):
+    """Against loops over problems, layers and positions."""
+    problems = data.demo_problems(0)["valid"][:12]
+    rows, tokenizer, L = evaluation.probe(method, problems, k, rotations=3), method.tokenizer, 4
+    seen, top, pairs = [], [], []
+    for problem in problems:
+        prompt, row = method.pathways["st"].prompt(problem.question, tokenizer), method.pathways["cot"].row(problem, tokenizer)
+        student, teacher = slow_states(method, prompt, True)[0], slow_states(method, row.ids.tolist(), False)[0]
+        assert tokenizer.decode(row.ids[: row.y].tolist()).endswith("Answer:")
+        at = {"<st>": student[:, -6:-2], "z_N": student[:, -1:], "CoT's z_N": teacher[:, row.y - 1 : row.y]}
+        shares = {place: method.model.logits(method.model.norm(states)).softmax(-1) for place, states in at.items()}
+        seen.append({place: [{tokenizer.decode([i]) for p in range(x.shape[1]) for i in x[layer, p].topk(k)[1].tolist()} for layer in range(L)]
+                     for place, x in shares.items()})  # fmt: skip
+        top.append(shares["<st>"].max(2)[0].mean(1))
+        pairs.append((teacher[:, row.y - 1], student[:, -1]))
+
+    def share(place, wanted, layers):
+        return statistics.mean(any(result in seen[i][place][layer] for layer in layers) for i, result in wanted)
+
+    first = [problem.steps[0][2:-2].split("=")[1] for problem in problems]
+    gold = [(i, r) for i, r in enumerate(first) if r not in problems[i].question.split() and r != problems[i].answer]
+    order, control = np.random.default_rng(0).permutation(12), []
+    for shift in (1, 2, 3):
+        for place in range(12):
+            i, j = order[place], order[place - shift]
+            if (j, first[j]) in gold and first[j] not in (*problems[i].question.split(), problems[i].answer):
+                control += [(i, first[j])] if (i, first[j]) not in gold else []
+    assert 6 < len(gold) < 12 and len(control) > 12
+    for layers, row in zip([[0], [1], [2], [3], range(4)], rows, strict=True):
+        assert row["n"] == len(gold) and row["layer"] == (layers[0] + 1 if len(layers) == 1 else "any")
+        for place in ("<st>", "z_N", "CoT's z_N"):
+            assert row[place] == pytest.approx(share(place, gold, layers))
+            assert row[f"{place} control"] == pytest.approx(share(place, control, layers))
+        if len(layers) == 1:
+            teacher, student = (torch.stack([pair[i][layers[0]] for pair in pairs]) for i in (0, 1))
+            assert row["distance"] == pytest.approx(((teacher - student).abs().mean() / teacher.std()).item(), rel=1e-4)
+            assert row["top"] == pytest.approx(torch.stack(top)[:, layers[0]].mean().item(), rel=1e-4)
+    assert any(row[name] > 0 for row in rows for name in ("<st>", "<st> control"))
+
+
+def test_all_tokens_hold_every_result(method):
+    rows = evaluation.probe(method, data.demo_problems(0)["valid"][:9], 59)
+    assert all(row["z_N"] == row["<st> control"] == 1.0 for row in rows)
+
+
+def test_the_lens_as_text():
+    columns = {"1 <st>": [[("a", 0.25), ("bb", 0.1)], [("c", 1.0), ("d", 0.0)]], "2 :": [[("e", 0.5), ("f", 0.5)], [("g", 0.9), ("h", 0.1)]]}
+    assert evaluation.lens_table(columns, [0.5, 0.25], 100) == (
+        "layer 1 <st> 2 :  distance\n"
+        "    1 a 25   e 50    0.500\n"
+        "      bb 10  f 50\n"
+        "    2 c 100  g 90    0.250\n"
+        "      d 0    h 10\n")  # fmt: skip
+    narrow = evaluation.lens_table(columns, [], 24)
+    assert narrow.splitlines()[0] == "layer 1 <st>" and narrow.splitlines()[6] == "layer 2 :"
+    coloured = evaluation.lens_table(columns, [], 100, colours=True)
+    assert "\x1b[48;5;255m\x1b[38;5;16mc 100 \x1b[0m" in coloured and "\x1b[48;5;232m\x1b[38;5;15md 0   \x1b[0m" in coloured
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_colours_are_for_terminals(a_run, capsys, monkeypatch, terminal):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
+    evaluation.main(["--ckpt", str(a_run), "--lens", QUESTION])
+    assert ("\x1b[" in capsys.readouterr().out) == terminal
+
+
+def test_the_lens_on_the_command_line(a_run, tmp_path, capsys):
+    evaluation.main(["--ckpt", str(a_run), "--lens", QUESTION, "--top_k", "2", "--json", str(tmp_path / "q.json")])
+    out, (figures,) = capsys.readouterr().out, json.loads((tmp_path / "q.json").read_text())
+    assert out.startswith("layer 1 <st>") and out.count("\n") == 1 + 4 * 2
+    assert figures["question"] == QUESTION and [len(layer) for layer in figures["columns"]["6 :"]] == [2] * 4
+    evaluation.main(["--ckpt", str(a_run), "--lens", "--limit", "20", "--json", str(tmp_path / "d.json")])
+    out, rows = capsys.readouterr().out, json.loads((tmp_path / "d.json").read_text())
+    assert [row["layer"] for row in rows] == [1, 2, 3, 4, "any"] and rows[0]["data"] == "demo" and out.count("\n") == 10
+
+
+@pytest.mark.parametrize("name", ["cot", "codi", "coconut"])
+def test_methods_that_answer_in_several_passes_have_no_lens(name):
+    options, tokenizer = dart.Options(method=name, lora_rank=0), data.demo_tokenizer()
+    model = Transformer(MODELS["demo"], dart.METHODS[name].adapters(tokenizer, options))
+    with pytest.raises(ValueError, match=f"{name} does not answer in one pass"):
+        evaluation.look(dart.METHODS[name](model, tokenizer, options), {}, evaluation.Options(lens=QUESTION))
+
+
+def test_a_question_is_asked_through_both_pathways(a_run, tmp_path, capsys):
+    evaluation.main(["--ckpt", str(a_run), "--ask", f"  {QUESTION} ", "--json", str(tmp_path / "a.json")])
+    lines, rows = capsys.readouterr().out.splitlines(), json.loads((tmp_path / "a.json").read_text())
+    assert lines[0] == QUESTION and [line.split()[1] for line in (lines[2], *lines[4:6])] == ["pathway", "st", "cot"]
+    method, run = evaluation.load_run(a_run)
+    for row, name in zip(rows, ("st", "cot"), strict=True):
+        (found,) = dart.answer(method.model, method.tokenizer, method.pathways[name], [QUESTION], run.max_new_tokens)
+        assert (row["pathway"], row["passes"], row["written"]) == (name, found.passes, " ".join(found.text.split()))
+        assert row["answer"] == method.pathways[name].read(found.text).strip() and row["ms"] > 0
+
+
+def test_questions_of_standard_input(a_run, capsys, monkeypatch):
+    """One that cannot be asked is named, and the others are answered; then the exit code is 2."""
+    content = f"{QUESTION}\n\n  \nzebra ?\n\xff\nann has 3 eggs buys 4 packs of 5 ?".encode("latin-1")
+    monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=io.BytesIO(content)))
+    with pytest.raises(SystemExit) as stop:
+        evaluation.main(["--ckpt", str(a_run), "--ask"])
+    out, errors = capsys.readouterr()
+    assert stop.value.code == 2 and out.count("| cot ") == 2 and "ann has 3 eggs" in out
+    assert [line[:6] for line in errors.splitlines()] == ["error:"] * 3 and "2 of the questions" in errors and "'zebra'" in errors
+    monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=io.BytesIO(b"")))
+    evaluation.main(["--ckpt", str(a_run), "--ask"])
+    assert capsys.readouterr().out == ""
+
+
+def test_the_curves_of_a_log(tmp_path):
+    (tmp_path / "log.jsonl").write_text(
+        '{"step": 1, "cot": 2.0, "st": 1.5, "lr": 0.1, "grad_norm": 3}\n{"step": 1, "valid": {"st": 0.5}}\n'
+        '{"step": 2, "skipped": [1]}\n{"step": 3, "cot": 1.0, "st": 0.5, "lr": 0.1}\n')  # fmt: skip
+    assert evaluation.loss_curves(tmp_path) == {"cot": ([1, 3], [2.0, 1.0]), "st": ([1, 3], [1.5, 0.5])}
+    for text in ("", "3\n", "[]\n", '{"lr": 3}\n', '{"step": 1, "a": "x", "lr": 1}\n', '{"x": 1, "a": 2, "lr": 1}\n', "{", "[" * 10**5):
+        (tmp_path / "log.jsonl").write_text(text)
+        with pytest.raises(ValueError, match="log.jsonl"):
+            evaluation.loss_curves(tmp_path)
+
+
+def test_an_image_of_losses_and_of_the_lens(a_run, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib", reason="draws")
+    evaluation.main(["--ckpt", str(a_run), str(a_run), "--plot", str(tmp_path / "losses.png")])
+    evaluation.main(["--ckpt", str(a_run), "--lens", QUESTION, "--plot", str(tmp_path / "lens.svg")])
+    assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG") and "<svg" in (tmp_path / "lens.svg").read_text()
+    for name, message in (("p.xyz", "xyz"), ("p.png", "log.jsonl")):
+        directory = a_run if name == "p.xyz" else tmp_path
+        with pytest.raises(SystemExit) as stop:
+            evaluation.main(["--ckpt", str(directory), "--plot", str(tmp_path / name)])
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and message in error and error.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lens.svg", "losses.png"]
+
+
+def test_without_matplotlib_that_is_said(a_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(SystemExit):
+        evaluation.main(["--ckpt", str(a_run), "--plot", str(tmp_path / "p.png")])
+    assert "pip install matplotlib" in capsys.readouterr().err
