@@ -193,6 +193,25 @@ def test_llama2_agrees_with_sentencepiece():
         assert tokenizer.decode(ids) == text == tokenizer.decode([29871, *after])  # 29871 is the blank that a text begins with
 
 
+@pytest.mark.parametrize("texts", [texts_of_the_data, adversarial_texts])
+@pytest.mark.parametrize("family", ["llama3", "llama2", "qwen2", "gpt2"])
+def test_exported_tokenizers_have_the_same_ids(tmp_path, family, texts):
+    """As transformers reads them, BOS and <st> included."""
+    ours = data.Tokenizer.from_pretrained(DIR / "tokenizers" / family)
+    files, st_id = ours.export(True)
+    for name, text in files.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.convert_tokens_to_ids("<st>")) == (ours.bos_id, ours.eos_id, st_id)
+    nfc, special = tokenizers.normalizers.NFC(), set(theirs.get_added_vocab())
+    texts = [text for text in texts() if not any(name in text for name in special) and not text.startswith((" ", "\u2581"))
+             and (family != "qwen2" or nfc.normalize_str(text) == unicodedata.normalize("NFC", text))]  # fmt: skip
+    assert len(texts) > 5_000
+    after = ours.encode("Answer:", bos=False, eos=False, continued=True)
+    for text, ids in zip(texts, theirs([text + "<st><st>Answer:" for text in texts]).input_ids, strict=True):
+        assert ids == [*ours.encode(text, bos=True, eos=False), st_id, st_id, *after], text[:200]
+
+
 # -------------------------------------------------------------------------------------------------------- checkpoints
 
 

@@ -630,6 +630,67 @@ def test_the_built_in_tokenizer_reads_back_every_problem():
         tokenizer.encode("sam has 3 zebra", bos=True, eos=True)
 
 
+def train_sentencepiece(**more):
+    """A SentencePiece model with Llama 2's settings."""
+    model, lines = io.BytesIO(), ["Answer: 12 <<3*4=12>> and the question is how many she has left"] * 20
+    how = dict(model_type="bpe", vocab_size=310, byte_fallback=True, split_digits=True, normalization_rule_name="identity",
+               remove_extra_whitespaces=False, minloglevel=2, num_threads=1)  # fmt: skip
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=model, **how | more)
+    return model.getvalue()
+
+
+def export(tokenizer, directory, silent=True):
+    files, st_id = tokenizer.export(silent)
+    for name, text in files.items():
+        (directory / name).write_text(text, encoding="utf-8")
+    return st_id
+
+
+@pytest.mark.parametrize("kind", ["llama3", "gpt2", "tokenizer-llama3", "tokenizer-qwen2", "tokenizer-gpt2"])
+def test_an_exported_tokenizer_is_read_back(tmp_path, request, kind):
+    """Of ranks, of vocabulary and merges, of each tokenizer.json: the same ids; <st> is reserved, or new and the last one."""
+    source = FIXTURES / kind if kind.startswith("tokenizer") else request.getfixturevalue(kind)
+    ours, out = Tokenizer.from_pretrained(source), tmp_path / "exported"
+    out.mkdir()
+    st_id = export(ours, out)
+    again = Tokenizer.from_pretrained(out)
+    assert again.kind == "tokenizer.json" and (again.bos_id, again.eos_id) == (ours.bos_id, ours.eos_id)
+    assert again.backend.added["<st>"] == st_id == (ours.reserved[0] if ours.reserved else ours.size)
+    assert again.size == ours.size + (st_id == ours.size)
+    for text in (*TEXTS, *json.loads((FIXTURES / "tokenizer-gpt2" / "expected.json").read_text())["texts"]):
+        assert again.encode(text, bos=True, eos=True) == ours.encode(text, bos=True, eos=True)
+    assert export(ours, out, silent=False) == st_id and Tokenizer.from_pretrained(out).size == ours.size
+
+
+@pytest.mark.parametrize("kind", ["words", "sentencepiece"])
+def test_an_exported_tokenizer_is_read_by_hugging_faces_library(tmp_path, kind):
+    """Of the two kinds that are not read back here: ids, also behind <st>, and texts."""
+    tokenizers = pytest.importorskip("tokenizers", reason="reads what was exported")
+    if kind == "words":
+        ours, texts = data.demo_tokenizer(), [text for p in data.demo_problems(0)["valid"] for text in (p.question, " ".join(p.steps), p.answer)]
+    else:
+        (tmp_path / "tokenizer.model").write_bytes(train_sentencepiece())
+        ours, texts = Tokenizer.from_pretrained(tmp_path), [text for text in TEXTS if text] + ["Answer: 12 <<3*4=12>>", "and  how many", "a"]
+    st_id = export(ours, tmp_path)
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for text in texts:
+        ids = theirs.encode(text + "<st><st>Answer:").ids
+        assert ids == [*ours.encode(text, bos=True, eos=False), st_id, st_id, *ours.encode("Answer:", bos=False, eos=False, continued=True)]
+        assert theirs.decode(theirs.encode(text).ids) == text
+    assert st_id == (2 if kind == "words" else ours.size)
+
+
+@pytest.mark.parametrize(
+    "how, message",
+    [(dict(model_type="unigram", vocab_size=289), "only SentencePiece's BPE models"), (dict(add_dummy_prefix=False), "behind one blank"),
+     (dict(remove_extra_whitespaces=True), "behind one blank"), (dict(normalization_rule_name="nmt_nfkc"), "behind one blank")],
+)  # fmt: skip
+def test_a_sentencepiece_model_that_files_cannot_say_is_not_exported(tmp_path, how, message):
+    (tmp_path / "tokenizer.model").write_bytes(train_sentencepiece(**how))
+    with pytest.raises(ValueError, match=message):
+        Tokenizer.from_pretrained(tmp_path).export(True)
+
+
 def test_an_id_that_only_the_model_has_is_read_as_unknown(llama3):
     tokenizer = Tokenizer.from_pretrained(llama3)
     assert tokenizer.decode([49, tokenizer.size, 50, tokenizer.size + 7]) == "1\ufffd2\ufffd"
@@ -894,13 +955,8 @@ def test_what_a_directory_holds_decides(llama3, tmp_path):
 
 @pytest.fixture(scope="module")
 def llama2(tmp_path_factory):
-    """A SentencePiece model with Llama 2's settings."""
-    directory, model = tmp_path_factory.mktemp("llama2"), io.BytesIO()
-    lines = ["Answer: 12 <<3*4=12>> and the question is how many she has left"] * 20
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=310,
-                                             byte_fallback=True, split_digits=True, normalization_rule_name="identity",
-                                             remove_extra_whitespaces=False, minloglevel=2)  # fmt: skip
-    (directory / "tokenizer.model").write_bytes(model.getvalue())
+    directory = tmp_path_factory.mktemp("llama2")
+    (directory / "tokenizer.model").write_bytes(train_sentencepiece())
     return directory
 
 

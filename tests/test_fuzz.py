@@ -6,7 +6,6 @@ import contextlib
 import copy
 import dataclasses
 import functools
-import io
 import json
 import os
 import random
@@ -17,10 +16,9 @@ import struct
 from pathlib import Path
 
 import pytest
-import sentencepiece
 import torch
 from safetensors.torch import load, save, save_file
-from test_data import PUBLISHED
+from test_data import PUBLISHED, train_sentencepiece
 
 import dart
 import data
@@ -366,15 +364,9 @@ def read_tokenizer(directory):
             assert all(0 <= i < tokenizer.size for i in ids)
             tokenizer.decode(ids).encode()
     tokenizer.decode([*range(tokenizer.size), tokenizer.size, 10**9]).encode()
-
-
-def sentencepiece_model():
-    proto, lines = io.BytesIO(), ["Answer: 12 <<3*4=12>> and the question is how many she has left"] * 20
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=proto, model_type="bpe", vocab_size=310, byte_fallback=True,
-        split_digits=True, normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2, num_threads=1,
-    )
-    return proto.getvalue()
+    with contextlib.suppress(ValueError):  # a SentencePiece model that cannot be exported
+        files, st_id = tokenizer.export(True)
+        assert all(json.loads(text) for text in files.values()) and 0 <= st_id <= tokenizer.size
 
 
 @pytest.fixture
@@ -385,7 +377,7 @@ def tokenizers(tmp_path_factory, monkeypatch):
     for name in ("words", "sentencepiece", "llama3", "gpt2", "qwen2"):
         (root / name).mkdir()
     (root / "words" / "words.json").write_text(json.dumps(data.DEMO_WORDS))
-    (root / "sentencepiece" / "tokenizer.model").write_bytes(sentencepiece_model())
+    (root / "sentencepiece" / "tokenizer.model").write_bytes(train_sentencepiece())
     tokens = [*(bytes([i]) for i in range(256)), b"An", b"12"]
     (root / "llama3" / "tokenizer.model").write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(tokens)))
     for name in ("gpt2", "qwen2"):
@@ -511,7 +503,7 @@ def test_questions(place):
         dart.Pathway(), dart.Pathway(steps=True), dart.Pathway(n_fill=3, fill_id=512, silent=True),
         dart.Pathway(marks=(512, 513), thoughts=2), dart.Pathway(steps=True, marks=(512, 513), thoughts=1),
     ]
-    (place / "tokenizer.model").write_bytes(sentencepiece_model())
+    (place / "tokenizer.model").write_bytes(train_sentencepiece())
     tokenizers = [
         data.demo_tokenizer(),
         Tokenizer.from_pretrained(place),
@@ -643,7 +635,7 @@ def test_options_that_take_memory_have_a_limit(name, most):
 
 
 def test_a_piece_that_is_no_text_is_refused(place):
-    proto = sentencepiece_model()
+    proto = train_sentencepiece()
     assert proto.count(b"\n\x01y\x15") == 1
     (place / "tokenizer.model").write_bytes(proto.replace(b"\n\x01y\x15", b"\n\x01\xff\x15"))
     assert not ends_well(lambda: Tokenizer.from_pretrained(place), "tokenizer.model: 'utf-8'")
