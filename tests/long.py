@@ -1,4 +1,4 @@
-"""Faults and layouts at length: minutes, so that it is a command of its own, `python -m pytest tests/long.py`."""
+"""Faults, layouts and compilation at length: minutes, so that it is a command of its own, `python -m pytest tests/long.py`."""
 
 import json
 import os
@@ -11,7 +11,9 @@ import time
 import pytest
 
 import dart
+from test_eval import compiled_answers
 from test_faults import ROOT, RUN, agent, at, close, curve, port, python, run, same, script, steps, wait_for, whole  # noqa: F401
+from test_model import compiled_layers
 
 STANDALONE = ["--standalone", "--nproc_per_node=2"]
 
@@ -160,3 +162,11 @@ def test_an_agent_is_lost_and_comes_back(tmp_path):
     assert [code for _, code in ends] == [0, 0], "\n====\n".join(text for text, _ in ends)
     close(curve(out), curve(tmp_path / "one"))
     assert json.loads((out / "result.json").read_text())["steps"] == 12
+
+
+def test_compiled_layers_of_gpt2():
+    compiled_layers("gpt2")
+
+
+def test_compiled_answers_of_codi(monkeypatch):
+    compiled_answers("codi", monkeypatch)

@@ -87,16 +87,16 @@ def test_a_comparison_from_the_command_line(tmp_path):
 
 def test_runs_side_by_side(tmp_path):
     """Each in its own process and folder, with its name before its lines; an error that all of them meet is said once."""
-    command = [sys.executable, "train.py", *QUICK, "--compare", "no-cot", "pause", "--jobs", "2"]
+    command = [sys.executable, "train.py", *QUICK, "--compare", "no-cot", "--jobs", "2"]
     done = subprocess.run([*command, "--out", str(tmp_path / "two")], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    run(tmp_path / "one", "--compare", "no-cot", "pause")
-    for name in ("no-cot", "pause", "."):
+    run(tmp_path / "one", "--compare", "no-cot")
+    for name in ("no-cot", "."):
         beside, alone = (losses(log(tmp_path / jobs / name)) for jobs in ("two", "one"))
         assert len(beside) == 6 + 2 and all(a == pytest.approx(b, rel=1e-4) for a, b in zip(beside, alone, strict=True))
     lines = done.stdout.splitlines()
-    steps = [sum(line.startswith(f"{name}: step ") for line in lines) for name in ("no-cot", "pause", "dart")]
-    assert steps == [8, 8, 8], done.stdout
+    steps = [sum(line.startswith(f"{name}: step ") for line in lines) for name in ("no-cot", "dart")]
+    assert steps == [8, 8], done.stdout
     accuracies = [[r["strict"] for r in json.loads((tmp_path / jobs / "result.json").read_text())["table"]] for jobs in ("two", "one")]
     assert accuracies[0] == accuracies[1]
     done = subprocess.run([*command, "--max_new_tokens", "60", "--out", str(tmp_path / "bad")], cwd=ROOT, capture_output=True, text=True)
@@ -106,7 +106,7 @@ def test_runs_side_by_side(tmp_path):
 
 def test_losses_fall_on_every_method(tmp_path):
     for method in dart.METHODS:
-        records = run(tmp_path / method, "--method", method, "--steps", "30", "--eval_every", "30", *FAST.get(method, []))
+        records = run(tmp_path / method, "--method", method, "--steps", "30", "--eval_size", "0", *FAST.get(method, []))
         for name in losses(records)[0]:
             if name != "distill":
                 assert records[29][name] < 0.75 * records[0][name], (method, name)
@@ -292,13 +292,10 @@ def torchrun(processes, *arguments):
     return done
 
 
-@pytest.mark.parametrize(
-    "more", [["--attach_teacher"], ["--method", "coconut", *FAST["coconut"]]], ids=["attached", "coconut"]
-)
-def test_two_processes_equal_one_and_one_with_accumulation(tmp_path, more):
+def test_two_processes_equal_one_and_one_with_accumulation(tmp_path):
     """All methods: `long.py`. The same global batches: 20 steps' losses to 1e-5, and each of 7 validation problems counted once. (The learning
     rate is small because the L1 loss has a kink: where rounding decides on its side, later steps differ by more.)"""
-    same = ["--steps", "20", "--lr", "3e-4", "--eval_every", "10", "--eval_size", "7", "--seed", "3", *more]
+    same = ["--steps", "20", "--lr", "3e-4", "--eval_every", "10", "--eval_size", "7", "--seed", "3", "--attach_teacher"]
     one = run(tmp_path / "one", *same)
     torchrun(2, *same, "--micro_batch_size", "3", "--out", str(tmp_path / "two"))  # of 8 rows: 3, 3 and 2
     accumulated = run(tmp_path / "accumulated", *same, "--micro_batch_size", "3")
@@ -320,7 +317,7 @@ def test_the_comparison_runs_on_two_processes(tmp_path):
 
 
 @pytest.mark.parametrize("method, dtype", [("dart", "fp32"), ("dart", "bf16"), ("icot", "fp32"), ("coconut", "fp32"),
-                                           ("codi", "bf16")])  # fmt: skip
+                                           ("codi", "fp32")])  # fmt: skip
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(tmp_path, monkeypatch, method, dtype):
     """With dropout, so that random numbers matter; stopped right after the checkpoint of step 3, and once more after
     step 5, of which nothing was saved. icot's and coconut's optimizers start anew on the way."""
