@@ -577,16 +577,20 @@ def report(row):
     return text
 
 
-def check_files(options):
-    """ValueError unless there is one run (several to be drawn), and a place for each new file."""
-    if not options.ckpt or (len(options.ckpt) > 1 and not (options.plot and options.lens is None)):
-        raise ValueError("--ckpt DIR is missing: the directory of a run" if not options.ckpt else
-                         "--ckpt takes several runs only with --plot, and without --lens")  # fmt: skip
+def check_together(options):
+    """ValueError unless the options go together and there is a place for each new file."""
+    asks, looks = options.ask is not None, options.lens is not None
+    if not options.ckpt:
+        raise ValueError("--ckpt DIR is missing: the directory of a run")
+    if len(options.ckpt) > 1 and (asks or looks or not options.plot):
+        raise ValueError("--ckpt takes several runs only with --plot alone")
+    if asks and (looks or options.plot) or options.lens == "-" and options.plot:
+        raise ValueError("--ask, --lens without a question, and --plot do not go together")
+    if options.examples and (asks or looks or options.plot):
+        raise ValueError("--examples goes with the evaluation only")
     for path in map(Path, filter(None, (options.json, options.examples, options.plot))):
         if path.exists() or not path.parent.is_dir():
             raise ValueError(f"{path}: " + ("exists already" if path.exists() else "its directory does not exist"))
-    if options.ask is not None and options.lens is not None:
-        raise ValueError("--ask or --lens, not both")
 
 
 def evaluate_run(method, sets, options):
@@ -655,7 +659,7 @@ def look(method, sets, options):
 def main(argv=None):
     with one_line_errors():
         options = parse_options(Options, argv, __doc__)
-        check_files(options)
+        check_together(options)
         if options.plot and options.lens is None:
             return plot(options.plot, options.ckpt)
         method, run = load_run(options.ckpt[0], options.model, pick_device(options.device), options.dtype, options.best)

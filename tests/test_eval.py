@@ -138,11 +138,13 @@ def changed_option(name, value):
     [
         (lambda run, tmp: [], "--ckpt DIR is missing"),
         (lambda run, tmp: ["--ckpt", "/nowhere"], "/nowhere: not a run"),
-        (lambda run, tmp: ["--ckpt", str(run), str(run)], "several runs only with --plot"),
+        (lambda run, tmp: ["--ckpt", str(run), str(run)], "several runs only with --plot alone"),
         (lambda run, tmp: ["--ckpt", str(run), "--ask", ""], "the question is empty"),
         (lambda run, tmp: ["--ckpt", str(run), "--lens", ""], "the question is empty"),
         (lambda run, tmp: ["--ckpt", str(run), "--lens", "zebra ?"], "'zebra' is not in the vocabulary"),
-        (lambda run, tmp: ["--ckpt", str(run), "--lens", "--ask"], "not both"),
+        (lambda run, tmp: ["--ckpt", str(run), "--lens", "--ask"], "do not go together"),
+        (lambda run, tmp: ["--ckpt", str(run), "--lens", "--plot", str(tmp / "p.png")], "do not go together"),
+        (lambda run, tmp: ["--ckpt", str(run), "--lens", "--examples", str(tmp / "e")], "--examples goes with the evaluation"),
         (lambda run, tmp: ["--ckpt", str(run), "--lens", "--limit", "1"], "no intermediate results"),
         (lambda run, tmp: ["--ckpt", str(run), "--plot", str(run / "config.json")], "exists already"),
         (lambda run, tmp: ["--ckpt", str(tmp), "--plot", str(tmp / "p.png")], "log.jsonl" if HAVE_MATPLOTLIB else "pip install matplotlib"),
@@ -173,7 +175,7 @@ def test_bad_input_is_one_line_and_exit_code_2(a_run, tmp_path, capsys, argument
         evaluation.main([*arguments(a_run, tmp_path), "--latency", "0"])
     captured = capsys.readouterr()
     assert stop.value.code == 2 and message in captured.err
-    assert captured.err.count("\n") == 1 + ("--ask" in arguments(a_run, tmp_path) and "not both" not in message)
+    assert captured.err.count("\n") == 1 + ("--ask" in arguments(a_run, tmp_path) and "together" not in message)
 
 
 def test_the_time_to_an_answer_has_its_thoughts_in_it(monkeypatch):
