@@ -12,8 +12,8 @@ Two of the methods that DART is compared with, Coconut and CODI, have continuous
 are fed back as the next inputs, one after the other (`think`).
 
 Symbols are the paper's: Q question, S the C tokens <st>, Z = [steps; separator], z_N its last token, Y answer, L layers,
-n hidden size, h~ teacher (CoT) and h^ student (ST) state at z_N, sigma, lambda. Equations are counted as they stand in
-the paper: (1) L_CoT, (2) L_ST, (3) the shift and REM, (4) L_distill, (5) their sum. B is a number of rows.
+n hidden size, h~ teacher (CoT) and h^ student (ST) state at z_N, sigma, lambda. Its equations are called here (1) L_CoT, (2) L_ST,
+(3) REM, (4) L_distill, (5) their sum. B is a number of rows.
 """
 
 from dataclasses import dataclass, field
@@ -33,8 +33,8 @@ SEPARATOR = "Answer:"  # z_t..z_N; Y follows without a space, which in Llama 3 w
 
 
 def option(default, text, **limits):
-    """A field of a dataclass of options: its help text, and `choices`, or `low` and `high` of a number (low is 0 where it
-    is not given)."""
+    """A field of a dataclass of options: its help text, and what `eval.check_options` holds it to: `choices`, or `low` (0 if not given)
+    and `high` of a number."""
     return field(default=default, metadata={"help": text, **limits})
 
 
@@ -67,7 +67,7 @@ class Options:
     removal_per_epoch: float = option(8.0, "tokens of the CoT removed in an epoch (icot)", low=0.001)
     removal_smoothing: float = option(4.0, "k more tokens are removed from a row with a probability that falls as "
                                       "exp(-this k); 0: none (icot)")  # fmt: skip
-    remove_all_beyond: int = option(39, "where so many tokens would be removed, all are (icot)")
+    remove_all_beyond: int = option(39, "once this many tokens would be removed, remove all (icot)")
 
 
 # ---------------------------------------------------------------------------------------------------------- pathways
@@ -79,13 +79,13 @@ class Pathway:
 
     steps: bool = False  # the steps of the CoT, which the model writes itself
     drop_last_step: bool = False  # in training: the last step mostly spells the answer, which would be copied from it
-    skip_steps: int = 0  # in training: so many of the first steps are left out,
-    skip_tokens: int = 0  # so many of the first tokens of the CoT
+    skip_steps: int = 0  # in training: leave out this many steps from the front,
+    skip_tokens: int = 0  # this many tokens from the front of the CoT
     n_fill: int = 0  # C silent tokens ...
     fill_id: int = -1  # ... of this id
     silent: bool = False  # REM on
     marks: tuple = ()  # ids before and after ...
-    thoughts: int = 0  # ... so many continuous thoughts (their places hold the first mark's id, which is not read there)
+    thoughts: int = 0  # ... this many continuous thoughts (their places hold the first mark's id, which is not read there)
 
     def prompt(self, question, tokenizer):
         """The ids before the first one that the model writes itself. ValueError for a question that is empty, or that the
@@ -131,37 +131,38 @@ def think(model, ids, start, end, thoughts, cache=None, at=None):
     """A pass over rows with continuous thoughts (Coconut, CODI): in the place of ids[b, start_b : start_b + thoughts], each
     one is the hidden state before it, through the model's projector where it has one.
 
-    ids [B, T], rows of the lengths end [B]; start [B], thoughts > 0; at [B] or [B, P]: as in `Transformer.forward` ->
-    (hidden [B, R, n] from the last thought on, first [B]: that thought's index in its row, states at `at`). The thoughts come
-    one after the other, through the cache, and so do the gradients. Padding may stand at positions behind all rows.
+    ids [B, T], rows of the lengths end [B]; start [B], thoughts > 0; at: as in `Transformer.forward` -> (hidden [B, R, n] from
+    the last thought on, first [B]: that thought's index in its row, states at `at`). The thoughts come one after the other, through the
+    cache, and so do the gradients. Padding may stand at positions behind all rows.
     """
     rows, first = torch.arange(len(ids), device=ids.device), start + thoughts - 1
     positions = first[:, None] + torch.arange(int((end - first).max()), device=ids.device)  # [B, R]; beyond `end`: padding
     if cache is None:
         cache = KVCache(model.config, len(ids), int(positions.max()) + 1, model.compute_dtype, ids.device)
-    project = model.projector or (lambda hidden: hidden)
+    embed_thought = model.projector or (lambda hidden: hidden)
     hidden = model(ids[:, : int(start.max())], cache=cache)[rows, start - 1]  # [B, n]
     for i in range(thoughts - 1):
-        hidden = model(project(hidden)[:, None], positions=(start + i)[:, None], cache=cache)[:, 0]
+        hidden = model(embed_thought(hidden)[:, None], positions=(start + i)[:, None], cache=cache)[:, 0]
     x = model.embed(ids.gather(1, positions.clamp(max=ids.shape[1] - 1))).to(hidden.dtype)
-    x = torch.cat((project(hidden)[:, None], x[:, 1:]), dim=1)
+    x = torch.cat((embed_thought(hidden)[:, None], x[:, 1:]), dim=1)  # [B, R, n]
     if at is None:
         return model(x, positions=positions, cache=cache), first, None
-    hidden, states = model(x, positions=positions, cache=cache, at=at - first.view(-1, *[1] * (at.dim() - 1)))
+    row, col = at
+    hidden, states = model(x, positions=positions, cache=cache, at=(row, col - first[row]))
     return hidden, first, states
 
 
 # ------------------------------------------------------------------------------------------------------------ losses
 
 
-LOGITS = 2**25  # so many are held at a time in training
+LOGITS = 2**25  # at most this many are held at a time in training
 
 
 def cross_entropy(model, hidden, batch, first=0):
     """Equations (1) and (2): per row, the mean over Z, where it is learned, plus the mean over Y; then the mean over the
     rows. hidden [B, T, n], from the index `first` (or [B]) on -> scalar. Logits are computed for the K learned tokens only."""
     first = first if isinstance(first, int) else first[batch.row]
-    hidden = hidden[batch.row, batch.col - 1 - first]
+    hidden = hidden[batch.row, batch.col - 1 - first]  # [K, n]
     target, weight = batch.ids[batch.row, batch.col], batch.weight / len(batch.ids)
     if model.plain:
         return (F.cross_entropy(model.logits(hidden).float(), target, reduction="none") * weight).sum()
@@ -170,7 +171,7 @@ def cross_entropy(model, hidden, batch, first=0):
 
 class ChunkedCrossEntropy(torch.autograd.Function):
     """sum_k weight_k CE(head hidden_k, target_k), some rows at a time: their gradient is computed beside their loss, so that never
-    more than a chunk of the logits [K, V] is there.
+    more than a chunk of the logits [K, V] is there. (A checkpoint of each chunk would compute its logits twice.)
 
     hidden [K, n], head [V, n], target [K], weight [K], chunk: a number of rows -> scalar
     """
@@ -210,14 +211,15 @@ def global_std(states):
     depend on how a batch is split.
     """
     x = torch.cat(states, dim=1).detach().float().flatten(1)  # [L, rows * n]
-    count = _all_reduce(torch.tensor(float(x.shape[1]), device=x.device))
-    mean = _all_reduce(x.sum(1)) / count
-    return (_all_reduce((x - mean[:, None]).square().sum(1)) / (count - 1).clamp(min=1)).sqrt()
+    count = all_reduce(torch.tensor(float(x.shape[1]), device=x.device))
+    mean = all_reduce(x.sum(1)) / count
+    return (all_reduce((x - mean[:, None]).square().sum(1)) / (count - 1).clamp(min=1)).sqrt()
 
 
-def _all_reduce(tensor):
+def all_reduce(tensor, op=dist.ReduceOp.SUM):
+    """The tensor, with the sum (or other) of all processes' in it."""
     if dist.is_initialized():
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, op)
     return tensor
 
 
@@ -226,7 +228,7 @@ def distill_loss(teacher, student, sigma=None, attached=False, norm="l1", weight
 
     teacher, student [L, B, n]; sigma [L], where None that of the teacher given here. The teacher gets no gradient
     unless it is `attached`; sigma never does, and is kept off 0. norm: the alternatives of Options.distill_norm. weight [B],
-    with the sum 1, replaces the mean over B.
+    with the sum 1, replaces the mean over B. (In training B stands for the P states that are compared.)
     """
     sigma = global_std([teacher]) if sigma is None else sigma
     teacher, student = (teacher if attached else teacher.detach()).float(), student.float()
@@ -240,6 +242,8 @@ def distill_loss(teacher, student, sigma=None, attached=False, norm="l1", weight
 
 # ----------------------------------------------------------------------------------------------------------- methods
 
+ALL = 10**9  # the stage of a method that leaves out all of the CoT
+
 
 class Method(nn.Module):
     """A way of training, around the model. A subclass says which pathways there are and what a step passes through.
@@ -248,6 +252,7 @@ class Method(nn.Module):
     """
 
     drops_last_step = False  # by default
+    norm = "l1"  # of the distillation, by default
     train_special = False  # are the rows of its special ids trained, though the base is frozen?
 
     @classmethod
@@ -276,32 +281,33 @@ class Method(nn.Module):
         self.answers_through = list(self.pathways)[-1]
 
     def stage(self, step, steps_per_epoch):
-        """How far the CoT is left out in the step (0, 1, ...), for methods that leave it out by and by. Where it changes, the
-        optimizer starts anew."""
+        """How much of the CoT is left out in the step (0, 1, ...): None for methods that always keep it, else 0, 1, ... up to ALL. Where it
+        changes, the optimizer starts anew."""
+        return None
 
     def training_pathway(self, name, stage, draw):
         """The Pathway that a row is laid out by; draw: the row's random number in [0, 1)."""
         return self.pathways[name]
 
     def compared(self, batch):
-        """Where the states are compared (Options.distill_at): (at [B] or [B, P], mask [B, P] or None, weight [K] or None)."""
-        if self.options.distill_at != "z_N+Y":
-            return batch.at + (self.options.distill_at == "y_1"), None, None
-        at = batch.at[:, None] + torch.arange(int((batch.end - batch.at).max()), device=batch.at.device)
-        mask = at < batch.end[:, None]
-        weight = mask / mask.sum(1, keepdim=True) / len(mask)
-        return torch.where(mask, at, batch.at[:, None]), mask, weight[mask]
+        """The P tokens whose states are compared (Options.distill_at): (row [P], col [P], weight [P] with the sum 1)."""
+        row, col, count = torch.arange(len(batch.at), device=batch.at.device), batch.at, torch.ones_like(batch.at)
+        if self.options.distill_at == "y_1":
+            col = col + 1
+        elif self.options.distill_at == "z_N+Y":
+            y = batch.col > batch.at[batch.row]
+            row, col, count = torch.cat((row, batch.row[y])), torch.cat((col, batch.col[y])), batch.end - batch.at
+        return row, col, 1 / (count[row] * len(batch.at))
 
     def forward(self, name, batch, teacher=None, sigma=None):
-        """One pass through the pathway `name`: (losses, states that are compared [L, K, n]). A loss is a mean over the B rows;
+        """One pass through the pathway `name`: (losses, states that are compared [L, P, n]). A loss is a mean over the B rows;
         the cross-entropy goes by the pathway's name, and 'distill' is there where there is a teacher."""
-        at, mask, weight = self.compared(batch)
+        *at, weight = self.compared(batch)
         if batch.thoughts:
             hidden, first, states = think(self.model, batch.ids, batch.start, batch.end, batch.thoughts, at=at)
         else:
             first = 0 if self.model.plain else batch.tail
             hidden, states = self.model(batch.ids, self.pathways[name].silent, at=at, tail=first)
-        states = states if mask is None else states[:, mask]
         losses = {name: cross_entropy(self.model, hidden, batch, first)}
         if teacher is not None:
             norm = self.norm if self.options.distill_norm == "auto" else self.options.distill_norm
@@ -309,14 +315,14 @@ class Method(nn.Module):
         return losses, states
 
     def passes(self, run_pass, micro_batches):
-        """The passes of one optimizer step over this process's micro-batches, a list of {pathway: Batch}.
+        """The passes of one optimizer step over this process's micro-batches, each with `batches`, {pathway: Batch}.
 
         Yields (micro-batch, {name: loss}) for the caller to back-propagate before it asks for the next. `run_pass` is
         `forward` with one more argument: sync=True in the step's last pass, where the processes add up their gradients.
         """
         (name,) = self.pathways
         for micro in micro_batches:
-            yield micro, run_pass(name, micro[name], sync=micro is micro_batches[-1])[0]
+            yield micro, run_pass(name, micro.batches[name], sync=micro is micro_batches[-1])[0]
 
     def total(self, losses):
         """Equation (5)."""
@@ -350,12 +356,9 @@ class CoT(Method):
         return {"cot": Pathway(steps=True, drop_last_step=self.drop)}
 
 
-ALL = 10**9  # the stage that leaves out all of the CoT
-
-
 class ICoT(Method):
     """Stepwise internalisation (iCoT-SI, Deng et al. 2024): Q | steps but their first s tokens | Answer: | Y EOS. s grows by
-    one every so many steps, a few rows are ahead of it, and in the end none is left."""
+    one at regular intervals, some rows are a few tokens ahead, and in the end none is left."""
 
     def stage(self, step, steps_per_epoch):
         s = step // max(1, round(steps_per_epoch / self.options.removal_per_epoch))
@@ -399,9 +402,8 @@ class Coconut(Method):
 
 
 class DART(Method):
-    """Both pathways, and the distillation between them (Section 3)."""
+    """Both pathways, equations (1) and (2), and the distillation between them, (4) (Section 3)."""
 
-    norm = "l1"
     drops_last_step = True
 
     @classmethod
@@ -422,14 +424,14 @@ class DART(Method):
         before the student's is built; an attached one's stays until the student's pass of the same rows."""
         (teacher, student), attached, taught = self.pathways, self.options.attach_teacher, []
         for micro in micro_batches:
-            losses, h = run_pass(teacher, micro[teacher], sync=False)
+            losses, h = run_pass(teacher, micro.batches[teacher], sync=False)
             taught.append((losses, h) if attached else ({}, h.detach()))
             if not attached:
                 yield micro, losses
         distill = self.options.distill_weight > 0
         sigma = global_std([h for _, h in taught]) if distill else None
         for micro, (kept, h) in zip(micro_batches, taught, strict=True):
-            losses, _ = run_pass(student, micro[student], h if distill else None, sigma, sync=micro is micro_batches[-1])
+            losses, _ = run_pass(student, micro.batches[student], h if distill else None, sigma, sync=micro is micro_batches[-1])
             yield micro, kept | losses
 
 
@@ -467,12 +469,12 @@ def generate(model, tokenizer, pathway, prompts, max_new_tokens):
     """Greedy decoding. prompts: B lists of ids, of any lengths, made by the pathway -> B lists of ids, each up to its EOS, which is
     included, or max_new_tokens. What a row gets does not depend on the others."""
     silent, eos_id = pathway.silent, tokenizer.eos_id
-    if model.merged not in (None, "silent" if silent else "plain"):
+    if model.merged not in (None, "silent" if silent else "cot"):
         raise ValueError(f"the weights were merged for the {model.merged} pathway")
     device, B = model.embed_tokens.device, len(prompts)
     length = torch.tensor([len(prompt) for prompt in prompts], device=device)  # [B]
     T = int(length.max())
-    ids = torch.tensor([prompt + [eos_id] * (T - len(prompt)) for prompt in prompts], device=device)
+    ids = torch.tensor([prompt + [eos_id] * (T - len(prompt)) for prompt in prompts], device=device)  # [B, T]
     cache = KVCache(model.config, B, T + max_new_tokens, model.compute_dtype, device)
     if pathway.thoughts:
         hidden, first, _ = think(model, ids, pathway.start(length, tokenizer), length, pathway.thoughts, cache)
@@ -498,13 +500,15 @@ def answer(model, tokenizer, pathway, questions, max_new_tokens=256, batch_size=
     answers = [None] * len(prompts)
     training = model.training
     model.eval()
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        rows = generate(model, tokenizer, pathway, [prompts[i] for i in chosen], max_new_tokens)
-        for i, row in zip(chosen, rows, strict=True):
-            text = tokenizer.decode(row[:-1] if row[-1] == tokenizer.eos_id else row)
-            answers[i] = Answer(text, len(row) + pathway.thoughts)
-    model.train(training)
+    try:
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            rows = generate(model, tokenizer, pathway, [prompts[i] for i in chosen], max_new_tokens)
+            for i, row in zip(chosen, rows, strict=True):
+                text = tokenizer.decode(row[:-1] if row[-1] == tokenizer.eos_id else row)
+                answers[i] = Answer(text, len(row) + pathway.thoughts)
+    finally:
+        model.train(training)
     return answers
 
 

@@ -115,6 +115,10 @@ def write_atomically(path, text):
         temporary.write_text(text, encoding="utf-8")
 
 
+def write_json(path, value):
+    write_atomically(path, json.dumps(value, indent=1) + "\n")
+
+
 # -------------------------------------------------------------------------------------------------------- statistics
 
 
@@ -228,7 +232,7 @@ def pick_device(name):
 # -------------------------------------------------------------------------------------------------------- evaluation
 
 
-def merged(method, name, compiled=False):
+def merged_copy(method, name, compiled=False):
     """A copy of the method's model with LoRA and REM folded into the weights, for the pathway `name`, `compile_forward`ed or not."""
     model = copy.deepcopy(method.model).merge(silent=method.pathways[name].silent).fuse()
     return compile_forward(model) if compiled else model
@@ -284,7 +288,7 @@ def compare_runs(directories, test, train, device):
     for directory in directories:
         method, run = load_run(directory, device=device)
         for name, pathway in reversed(method.pathways.items()):
-            model, tokenizer = merged(method, name), method.tokenizer
+            model, tokenizer = merged_copy(method, name), method.tokenizer
             found, known = (dart.evaluate(model, tokenizer, pathway, problems, run.max_new_tokens) for problems in (test, train))
             seconds = latency(model, tokenizer, pathway, [problem.question for problem in test[:50]], run.max_new_tokens)
             row = {"method": run.method, "pathway": name, **summary(found, seconds), "train": summary(known, [])["strict"]}
@@ -300,7 +304,7 @@ def suite_table(rows):
 
     rows: {row: (figures of each seed, the paper's accuracy and ms, or None)}; the figures of a seed are `summary`'s on one data
     set and result.json's of its training. The interval is Wilson's for all seeds' answers together. FLOP are those of the
-    whole training, and of one pathway alone: the paper's Table 2 can only be had by counting one sequence in a step.
+    whole training, and of one pathway alone: the paper's Table 2 fits only if one sequence a step is counted.
     """
     lines, figures = [], []
     for row, (seeds, accuracy, ms) in rows.items():
@@ -330,8 +334,8 @@ def suite_table(rows):
 @torch.no_grad()
 def states_at(model, ids, silent, positions):
     """The outputs of all layers at P positions of one row of ids: [L, P, n]."""
-    ids, positions = (torch.tensor([some], device=model.embed_tokens.device) for some in (ids, positions))
-    return model(ids, silent, at=positions)[1][:, 0]
+    ids, positions = (torch.tensor(some, device=model.embed_tokens.device) for some in (ids, positions))
+    return model(ids[None], silent, at=(torch.zeros_like(positions), positions))[1]
 
 
 @torch.no_grad()
@@ -430,7 +434,7 @@ def probe(method, problems, k, rotations=10):
 
     "<st>": at any of the silent tokens; "z_N"; "CoT's z_N": at the CoT pathway's, behind the gold steps. A result counts by the text of
     its first token. "... control": the same for results of other problems (by rotations of a shuffled order) that are not this one's, nor in its
-    question and answer. top: the mean probability of the likeliest token at <st>. distance: of the two z_N in units of sigma, as in
+    question and answer. top: the mean probability of the likeliest token at <st> (at z_N where C is 0). distance: of the two z_N in units of sigma, as in
     equation (4), over all problems.
     """
     tokenizer, model, cot = method.tokenizer, method.model, method.pathways.get("cot")
@@ -457,8 +461,8 @@ def probe(method, problems, k, rotations=10):
     if not gold or not control:
         raise ValueError("--lens: the problems have no intermediate results to look for; with a question it shows what there is")
     rows, L = [], len(top[0])
-    for name, layers in [*((layer + 1, [layer]) for layer in range(L)), ("any", range(L))]:
-        row = {"layer": name, "n": len(gold)}
+    for title, layers in [*((layer + 1, [layer]) for layer in range(L)), ("any", range(L))]:
+        row = {"layer": title, "n": len(gold)}
         for place in likely[0]:
             for name, pairs in ((place, gold), (f"{place} control", control)):
                 row[name] = statistics.mean(any(first(result) in likely[i][place][layer] for layer in layers) for i, result in pairs)
@@ -518,7 +522,7 @@ def plot(path, directories, columns=None):
             for y, ((token, p), *_) in enumerate(layers):
                 axes.text(x, y, token.replace("$", r"\$"), ha="center", va="center", color="white" if p > 0.5 else "black")
         axes.set_xticks(range(len(columns)), [name.replace("$", r"\$") for name in columns], rotation=45)
-        axes.set_yticks(range(y + 1), range(1, y + 2))
+        axes.set_yticks(range(len(layers)), range(1, len(layers) + 1))
         axes.set(ylabel="layer")
     with replacing(path) as temporary:
         figure.savefig(temporary, format=Path(path).suffix[1:] or "png")
@@ -535,7 +539,7 @@ class Options:
     data_dir: str = option("", "where the data sets lie, if not where they were in training")
     split: str = option("test", "which split of them", choices=("train", "valid", "test"))
     pathway: tuple = option((), "pathways to answer through (dart: st, cot; codi: codi, cot); none: the method's own way to answer")
-    limit: int = option(0, "at most so many problems of each set; 0: all")
+    limit: int = option(0, "largest number of problems of each set; 0: all")
     latency: int = option(50, "questions timed one by one at batch 1; 0: none")
     batch_size: int = option(64, "problems answered at once, for the accuracy", low=1)
     max_new_tokens: int = option(0, "tokens an answer may have; 0: as in the run")
@@ -548,13 +552,13 @@ class Options:
     ask: str | None = option(None, "answer a question through all pathways, side by side; without one: each line of standard input")
     lens: str | None = option(None, "the tokens that each layer's states at the silent tokens come nearest to (logit lens), for a question; "
                               "without one: how often they are intermediate results of the data sets' CoT")  # fmt: skip
-    top_k: int = option(3, "so many tokens of a state are looked at (--lens)", low=1, high=1000)
+    top_k: int = option(3, "number of likeliest tokens of each state (--lens)", low=1, high=1000)
     plot: str = option("", "file for an image of the runs' losses, and of --lens \"question\" (needs matplotlib)")
 
 
 def evaluate_pathway(method, pathway_name, sets, options):
     """(figures, one dictionary a data set; records, one a problem) of one pathway. sets: name -> problems."""
-    model = merged(method, pathway_name, options.compile)
+    model = merged_copy(method, pathway_name, options.compile)
     tokenizer, pathway = method.tokenizer, method.pathways[pathway_name]
     figures, records = [], []
     for name, problems in sets.items():
@@ -613,12 +617,13 @@ def evaluate_run(method, sets, options):
 def ask(method, questions, options):
     """Answers each question through all pathways, and prints a table with passes and milliseconds, tokenisation included. Returns its
     figures. Of a question that cannot be asked it says so, in one line, and goes on; at the end ValueError says how many there were."""
-    models, figures, refused = {name: merged(method, name, options.compile) for name in reversed(method.pathways)}, [], 0
+    models, figures, refused = {name: merged_copy(method, name, options.compile) for name in reversed(method.pathways)}, [], 0
     for question in questions:
         try:
             check_room(method, [Problem(question, [], "")], options.max_new_tokens)
         except ValueError as error:
-            refused += complain(error) is None
+            complain(error)
+            refused += 1
             continue
         rows = []
         for name, model in models.items():
@@ -680,7 +685,7 @@ def main(argv=None):
         figures, records = evaluate_run(method, sets, options)
     with one_line_errors():
         if options.json:
-            write_atomically(options.json, json.dumps(figures, indent=1) + "\n")
+            write_json(options.json, figures)
         if options.examples:
             write_atomically(options.examples, "".join(json.dumps(record) + "\n" for record in records))
 

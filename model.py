@@ -4,7 +4,7 @@ One set of weights serves both of DART's pathways. `Transformer.forward(ids, sil
 (with LoRA, where there is LoRA): the CoT pathway. `silent=True` also sends the input of every key and value projection
 through REM: the ST pathway. `Transformer.merge()` folds LoRA and REM into the weights, for inference.
 
-Shapes: B rows, T tokens, S cached positions, n hidden size, h query heads, g key/value heads, e head size, L layers,
+Shapes: B rows, T tokens, n hidden size, h query heads, g key/value heads, e head size, L layers,
 V vocabulary, r LoRA rank, d REM rank. Weights keep the orientation and the order of a Hugging Face checkpoint's
 tensors; modules go by Llama's names there, GPT-2's, too, whose fused c_attn is cut into three.
 """
@@ -27,9 +27,10 @@ from torch.utils.checkpoint import checkpoint
 
 # ---------------------------------------------------------------------------------------------------- configuration
 
-# The largest values of a configuration: far beyond any model's, and their products are numbers of 64 bits.
+# Upper limits, far above any real model's; they keep products within 64 bits.
 MOST = dict(vocab_size=2**24, hidden_size=2**20, intermediate_size=2**22, num_hidden_layers=2**10, num_attention_heads=2**14,
             num_key_value_heads=2**14, head_dim=2**14, max_position_embeddings=2**31 - 1)  # fmt: skip
+LLAMA3_ROPE = dict(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192.0)
 
 
 @dataclass(frozen=True)
@@ -96,82 +97,13 @@ class ModelConfig:
             raise ValueError(f"head_dim {self.head_dim} is odd: rotary embeddings turn pairs")
 
 
-def _expect(raw, **supported):
-    """Refuses a configuration whose field, where it is given, is not what the code computes."""
-    for name, values in supported.items():
-        if name in raw and raw[name] not in values:
-            raise ValueError(f"{name} = {raw[name]!r} is not supported (only {', '.join(map(repr, values))})")
-
-
-def _read_llama(raw):
-    layer_types = sorted(set(raw.get("layer_types") or ["full_attention"]))
-    _expect(raw | {"layer_types": layer_types}, model_type=("llama", "qwen2"), hidden_act=("silu",), mlp_bias=(False,),
-            attention_bias=(False,) if raw.get("model_type") == "llama" else (True, False), quantization_config=(None,),
-            use_sliding_window=(False,), layer_types=(["full_attention"],))  # fmt: skip
-    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    _expect(raw | rope, partial_rotary_factor=(1.0, None))
-    if raw.get("rope_parameters") and rope != raw["rope_parameters"]:
-        raise ValueError("rope_scaling and rope_parameters are both there, and differ")
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type not in ("default", "llama3"):
-        raise ValueError(f"rope type {rope_type!r} is not supported (only 'default', 'llama3')")
-    for name in {"rope_theta", "original_max_position_embeddings"} & raw.keys() & rope.keys():
-        if raw[name] != rope[name]:
-            raise ValueError(f"{name} is {raw[name]!r}, but {rope[name]!r} among the parameters of the rope")
-    heads = raw["num_attention_heads"]
-    return ModelConfig(
-        model_type=raw["model_type"], vocab_size=raw["vocab_size"], hidden_size=raw["hidden_size"],
-        intermediate_size=raw["intermediate_size"], num_hidden_layers=raw["num_hidden_layers"], num_attention_heads=heads,
-        num_key_value_heads=heads if raw.get("num_key_value_heads") is None else raw["num_key_value_heads"],
-        head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-        max_position_embeddings=raw["max_position_embeddings"], norm_eps=raw["rms_norm_eps"],
-        tie_word_embeddings=raw.get("tie_word_embeddings", False),
-        rope_theta=rope.get("rope_theta", raw.get("rope_theta", 10000.0)),
-        rope_scaling={name: float((raw | rope)[name]) for name in LLAMA3_ROPE} if rope_type == "llama3" else None,
-    )  # fmt: skip
-
-
-def _read_gpt2(raw):
-    _expect(raw, activation_function=("gelu_new", "gelu_pytorch_tanh"), scale_attn_weights=(True,),
-            scale_attn_by_inverse_layer_idx=(False,), add_cross_attention=(False,), quantization_config=(None,))  # fmt: skip
-    n, heads = raw["n_embd"], raw["n_head"]
-    if type(n) is not int or type(heads) is not int:  # a text % heads could be of any length
-        raise ValueError(f"n_embd {n!r} or n_head {heads!r} is not a whole number")
-    if n % heads:
-        raise ValueError(f"n_embd {n} is not a multiple of n_head {heads}")
-    return ModelConfig(
-        model_type="gpt2", vocab_size=raw["vocab_size"], hidden_size=n, intermediate_size=raw.get("n_inner") or 4 * n,
-        num_hidden_layers=raw["n_layer"], num_attention_heads=heads, num_key_value_heads=heads, head_dim=n // heads,
-        max_position_embeddings=raw["n_positions"], norm_eps=raw["layer_norm_epsilon"],
-        tie_word_embeddings=raw.get("tie_word_embeddings", True),
-    )  # fmt: skip
-
-
-def write_config(config):
-    """The fields of a Hugging Face `config.json`, as transformers of version 4, too, and vLLM know them."""
-    if config.model_type == "gpt2":
-        return {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": config.vocab_size, "n_embd": config.hidden_size,
-                "n_inner": config.intermediate_size, "n_layer": config.num_hidden_layers, "n_head": config.num_attention_heads,
-                "n_positions": config.max_position_embeddings, "layer_norm_epsilon": config.norm_eps,
-                "activation_function": "gelu_new", "tie_word_embeddings": config.tie_word_embeddings}  # fmt: skip
-    raw = asdict(config)
-    raw |= {"architectures": [{"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[config.model_type]],
-            "hidden_act": "silu", "rms_norm_eps": raw.pop("norm_eps")}  # fmt: skip
-    if scaling := raw["rope_scaling"]:
-        context = int(scaling["original_max_position_embeddings"])
-        raw["rope_scaling"] = {"rope_type": "llama3", **scaling, "original_max_position_embeddings": context}
-    return raw
-
-
-LLAMA3_ROPE = dict(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192.0)
-
 # fmt: off
 MODELS = {  # model_type, V, n, MLP size, L, h, g, e, positions
     "llama-3.2-1b": ModelConfig("llama", 128256, 2048, 8192, 16, 32, 8, 64, 131072, 1e-5, True, 5e5, LLAMA3_ROPE),
     "llama-3.2-3b": ModelConfig("llama", 128256, 3072, 8192, 28, 24, 8, 128, 131072, 1e-5, True, 5e5, LLAMA3_ROPE),
     "qwen2.5-1.5b": ModelConfig("qwen2", 151936, 1536, 8960, 28, 12, 2, 128, 131072, 1e-6, True, 1e6),
     "gpt2":         ModelConfig("gpt2", 50257, 768, 3072, 12, 12, 12, 64, 1024, 1e-5, True),
-    "demo":         ModelConfig("llama", 59, 64, 192, 4, 4, 4, 16, 64, 1e-5, False),
+    "demo":         ModelConfig("llama", 59, 64, 192, 4, 4, 4, 16, 80, 1e-5, False),
 }
 # fmt: on
 
@@ -202,6 +134,25 @@ ADAPTED = ("lora_a", "lora_b", "r1", "r2")  # parameters that are not of the bas
 
 
 # ------------------------------------------------------------------------------------------------------------ layers
+
+
+def _add_product(y, a, b):
+    """y [..., out] + a [..., k] b [k, out], in one operation."""
+    return torch.addmm(y.flatten(0, -2), a.flatten(0, -2), b.to(y.dtype)).view_as(y)
+
+
+def dropout(x, p):
+    """F.dropout. On a CPU, where that draws one number after the other, four come of 64 random bits, and p is rounded to a
+    multiple of 2^-16."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.dropout(x, p)
+    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+    return x.masked_fill(bits[: x.numel()].view(x.shape) < round(p * 2**16) - 2**15, 0.0).div_(1 - p)
+
+
+def _uniform(rows, fan_in, device):  # the initialisation that LoRA's authors use for A
+    values = torch.empty(rows, fan_in, device=device)
+    return values if values.is_meta else values.uniform_(-1, 1) / math.sqrt(fan_in)
 
 
 class LoRA(nn.Module):
@@ -250,7 +201,7 @@ class Linear(nn.Module):
         return y if self.lora is None else self.lora(x, y)
 
     def merge(self, rem=None):
-        """W' = W + (alpha/r) B A, and with REM that times W_R, computed in fp32; the bias stays. LoRA is gone after it."""
+        """W' = W + (alpha/r) B A, and with REM that times W_R of equation (3), in fp32; the bias stays. LoRA is gone after it."""
         weight = self.matrix.float()
         for module in (self.lora, rem):
             weight = weight if module is None else module.merged(weight)
@@ -269,11 +220,8 @@ class Linear(nn.Module):
 
 
 class REM(nn.Module):
-    """Reasoning Evolvement Module: x -> x W_R^T with W_R = (alpha/d) R2 R1^T + I (Section 3.2) before a projection.
-    R1, R2 are [n, d].
-
-    R2 is 0 at the start, so REM starts as the identity.
-    """
+    """Reasoning Evolvement Module, equation (3): x -> x W_R^T with W_R = (alpha/d) R2 R1^T + I, in front of a projection. R1, R2 are
+    [n, d]; R2 is 0 at the start, so REM starts as the identity."""
 
     def __init__(self, linear, adapters, device=None):
         super().__init__()
@@ -311,11 +259,11 @@ class Projector(nn.Module):
         return self.layers(x.float()).to(x.dtype)
 
 
-def project(x, parts, rems, plain=False):  # [..., in] -> one [..., out] for each part
+def projections(x, parts, rems, plain=False):  # [..., in] -> one [..., out] for each part
     """The projections of one input, some through a REM (else None).
 
-    In training all weights, where there are more tokens than outputs, they are one product, and REM is folded into the weights
-    before; not where it is to be `plain`, nor where a dropout stands in between.
+    In training from scratch, where there are more tokens than outputs, the weights, REM folded in, are joined into one product; not
+    where it is to be `plain`, nor where a dropout stands in between.
     """
     trained = torch.is_grad_enabled() and all(part.lora is None and part.weight.requires_grad for part in parts)
     many = x[..., 0].numel() >= max(part.n_out for part in parts)
@@ -325,25 +273,6 @@ def project(x, parts, rems, plain=False):  # [..., in] -> one [..., out] for eac
     bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts]).to(x.dtype)
     whole = torch.cat([weight.to(x.dtype) for weight in weights])
     return F.linear(x, whole, bias).split([part.n_out for part in parts], dim=-1)
-
-
-def _add_product(y, a, b):
-    """y [..., out] + a [..., k] b [k, out], in one operation."""
-    return torch.addmm(y.flatten(0, -2), a.flatten(0, -2), b.to(y.dtype)).view_as(y)
-
-
-def dropout(x, p):
-    """F.dropout. On a CPU, where that draws one number after the other, four come of 64 random bits, and p is rounded to a
-    multiple of 2^-16."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
-        return F.dropout(x, p)
-    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-    return x.masked_fill(bits[: x.numel()].view(x.shape) < round(p * 2**16) - 2**15, 0.0).div_(1 - p)
-
-
-def _uniform(rows, fan_in, device):  # the initialisation that LoRA's authors use for A
-    values = torch.empty(rows, fan_in, device=device)
-    return values if values.is_meta else values.uniform_(-1, 1) / math.sqrt(fan_in)
 
 
 class Norm(nn.Module):
@@ -395,7 +324,7 @@ def rotate(x, rope):
 
 
 class KVCache:
-    """Keys and values of every layer for B rows of up to S tokens. Each row has its own positions.
+    """Keys and values of every layer for B rows. Each row has its own positions.
 
     Rows are padded on the right, so row b's token at position p lies at index p. Whatever a row's padding left behind
     its last token is overwritten before any query can see it: a query at position p sees the indices 0..p. Where gradients
@@ -405,7 +334,7 @@ class KVCache:
     def __init__(self, config, rows, length, dtype=torch.float32, device=None):
         length = min(length, config.max_position_embeddings)  # a longer row is refused by `Transformer.forward`
         shape = (rows, length, config.num_key_value_heads, config.head_dim)
-        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]  # L of [B, length, g, e]
         self.v = [torch.zeros_like(k) for k in self.k]
 
     def update(self, layer, positions, k, v, end):
@@ -444,16 +373,18 @@ class Attention(nn.Module):
         self.rem_k = self.rem_v = None
         self.qkv_proj, self.sizes = None, (n_q, n_kv, n_kv)  # after fuse(): in the place of q_proj, k_proj, v_proj
         if adapters.rem_rank:
-            kind = SecondLoRA if adapters.rem_is_lora else REM
-            self.rem_k, self.rem_v = kind(self.k_proj, adapters, device), kind(self.v_proj, adapters, device)
+            rem = SecondLoRA if adapters.rem_is_lora else REM
+            self.rem_k, self.rem_v = rem(self.k_proj, adapters, device), rem(self.v_proj, adapters, device)
 
-    def forward(self, x, silent, rope, cache, positions, end, mask, tail):  # [B, T, n] -> [B, T - tail, n]
+    def forward(self, x, silent, rope, cache, positions, end, mask, tail):
+        """x [B, T, n] -> [B, T - tail, n]. rope: `rope_table` of the positions [B or 1, 1, T, e]; mask [B, 1, T, end] or [T - tail, T] of
+        what is seen, None: all before; the rest as in `Transformer.forward`."""
         B, T, _ = x.shape
         if self.qkv_proj is not None:
             q, k, v = self.qkv_proj(x).split(self.sizes, dim=2)
         else:
             rems = (None, self.rem_k, self.rem_v) if silent else (None, None, None)
-            q, k, v = project(x, (self.q_proj, self.k_proj, self.v_proj), rems, self.plain)
+            q, k, v = projections(x, (self.q_proj, self.k_proj, self.v_proj), rems, self.plain)
         q, k, v = (t.view(B, T, -1, self.head_dim).transpose(1, 2) for t in (q, k, v))  # [B, heads, T, e]
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
@@ -483,7 +414,7 @@ class MLP(nn.Module):
         elif self.gate_proj is None:
             return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
         else:
-            gate, up = project(x, (self.gate_proj, self.up_proj), (None, None), self.plain)
+            gate, up = projections(x, (self.gate_proj, self.up_proj), (None, None), self.plain)
         return self.down_proj(F.silu(gate) * up)
 
 
@@ -518,7 +449,7 @@ class Transformer(nn.Module):
         super().__init__()
         _check_memory(config, adapters, dtype, device)
         self.config, self.adapters, self.compute_dtype = config, adapters, compute_dtype or dtype
-        self.merged = None  # after merge(): 'silent' or 'plain', the pathway that the weights now are
+        self.merged = None  # after merge(): 'silent' or 'cot', the pathway that the weights now are
         self.plain, self.compiled = False, None  # see be_plain(), compile()
         self.activation_checkpointing = False  # keep a layer's input alone for the backward pass (not with a cache)
         kind = dict(dtype=dtype, device=device)
@@ -603,13 +534,13 @@ class Transformer(nn.Module):
         silent: the ST pathway (REM on).
         positions [B, T]: each token's position in its row, for decoding with a cache; 0..T-1 where None.
         cache: a KVCache, to be written and read.
-        end: one more than the last of the positions, where it is known: to look it up, a GPU would have to be waited for.
-        at [B] or [B, P]: indices within the rows; then also returns the output of every decoder layer there, before
-        the final norm: (hidden, states [L, B, n] or [L, B, P, n]). Nothing else of the layers is kept.
+        end: the largest position + 1, if known; otherwise it is read from the device, which waits.
+        at: (rows [P], columns [P]) of some tokens; then also returns the output of every decoder layer there, before
+        the final norm: (hidden, states [L, P, n]). Nothing else of the layers is kept.
         tail: the first index whose hidden state is asked for (not with positions, and `at` must not be below it); of the tokens
         before, the last layer computes keys and values only.
         """
-        B, T = ids.shape[:2]
+        T = ids.shape[1]
         assert not (tail and positions is not None)
         mask, where = None, torch.arange(T, device=ids.device)[None]
         if positions is None:
@@ -635,8 +566,7 @@ class Transformer(nn.Module):
                 mask = where <= where[0, first:, None]  # [T - tail, T]
             x = layer(x, silent, rope, cache, positions, end, mask, first)
             if at is not None:
-                rows = torch.arange(B, device=ids.device).view(B, *[1] * (at.dim() - 1))
-                states.append(x[rows, at - first])
+                states.append(x[at[0], at[1] - first])  # [P, n]
         hidden = self.norm(x)
         return hidden if at is None else (hidden, torch.stack(states))
 
@@ -655,7 +585,7 @@ class Transformer(nn.Module):
 
         Raises ValueError where the weights are already those of the other pathway.
         """
-        pathway = "silent" if silent else "plain"
+        pathway = "silent" if silent else "cot"
         if self.merged not in (None, pathway):
             raise ValueError(f"the weights were merged for the {self.merged} pathway; load them again for the other")
         for layer in self.layers:
@@ -724,6 +654,57 @@ class Transformer(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------- loading
+
+
+def _expect(raw, **supported):
+    """Refuses a configuration whose field, where it is given, is not what the code computes."""
+    for name, values in supported.items():
+        if name in raw and raw[name] not in values:
+            raise ValueError(f"{name} = {raw[name]!r} is not supported (only {', '.join(map(repr, values))})")
+
+
+def _read_llama(raw):
+    layer_types = sorted(set(raw.get("layer_types") or ["full_attention"]))
+    _expect(raw | {"layer_types": layer_types}, model_type=("llama", "qwen2"), hidden_act=("silu",), mlp_bias=(False,),
+            attention_bias=(False,) if raw.get("model_type") == "llama" else (True, False), quantization_config=(None,),
+            use_sliding_window=(False,), layer_types=(["full_attention"],))  # fmt: skip
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    _expect(raw | rope, partial_rotary_factor=(1.0, None))
+    if raw.get("rope_parameters") and rope != raw["rope_parameters"]:
+        raise ValueError("rope_scaling and rope_parameters are both there, and differ")
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type not in ("default", "llama3"):
+        raise ValueError(f"rope type {rope_type!r} is not supported (only 'default', 'llama3')")
+    for name in {"rope_theta", "original_max_position_embeddings"} & raw.keys() & rope.keys():
+        if raw[name] != rope[name]:
+            raise ValueError(f"{name} is {raw[name]!r}, but {rope[name]!r} among the parameters of the rope")
+    heads = raw["num_attention_heads"]
+    return ModelConfig(
+        model_type=raw["model_type"], vocab_size=raw["vocab_size"], hidden_size=raw["hidden_size"],
+        intermediate_size=raw["intermediate_size"], num_hidden_layers=raw["num_hidden_layers"], num_attention_heads=heads,
+        num_key_value_heads=heads if raw.get("num_key_value_heads") is None else raw["num_key_value_heads"],
+        head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+        max_position_embeddings=raw["max_position_embeddings"], norm_eps=raw["rms_norm_eps"],
+        tie_word_embeddings=raw.get("tie_word_embeddings", False),
+        rope_theta=rope.get("rope_theta", raw.get("rope_theta", 10000.0)),
+        rope_scaling={name: float((raw | rope)[name]) for name in LLAMA3_ROPE} if rope_type == "llama3" else None,
+    )  # fmt: skip
+
+
+def _read_gpt2(raw):
+    _expect(raw, activation_function=("gelu_new", "gelu_pytorch_tanh"), scale_attn_weights=(True,),
+            scale_attn_by_inverse_layer_idx=(False,), add_cross_attention=(False,), quantization_config=(None,))  # fmt: skip
+    n, heads = raw["n_embd"], raw["n_head"]
+    if type(n) is not int or type(heads) is not int:  # a text % heads could be of any length
+        raise ValueError(f"n_embd {n!r} or n_head {heads!r} is not a whole number")
+    if n % heads:
+        raise ValueError(f"n_embd {n} is not a multiple of n_head {heads}")
+    return ModelConfig(
+        model_type="gpt2", vocab_size=raw["vocab_size"], hidden_size=n, intermediate_size=raw.get("n_inner") or 4 * n,
+        num_hidden_layers=raw["n_layer"], num_attention_heads=heads, num_key_value_heads=heads, head_dim=n // heads,
+        max_position_embeddings=raw["n_positions"], norm_eps=raw["layer_norm_epsilon"],
+        tie_word_embeddings=raw.get("tie_word_embeddings", True),
+    )  # fmt: skip
 
 
 GPT2_NAMES = {"embed_tokens": "wte", "embed_positions": "wpe", "layers": "h", "input_layernorm": "ln_1",
@@ -868,6 +849,22 @@ def _same(parameter, stored, rows=8192):
 
 
 # ------------------------------------------------------------------------------------------------------------ export
+
+
+def write_config(config):
+    """The fields of a Hugging Face `config.json`, as transformers of version 4, too, and vLLM know them."""
+    if config.model_type == "gpt2":
+        return {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": config.vocab_size, "n_embd": config.hidden_size,
+                "n_inner": config.intermediate_size, "n_layer": config.num_hidden_layers, "n_head": config.num_attention_heads,
+                "n_positions": config.max_position_embeddings, "layer_norm_epsilon": config.norm_eps,
+                "activation_function": "gelu_new", "tie_word_embeddings": config.tie_word_embeddings}  # fmt: skip
+    raw = asdict(config)
+    raw |= {"architectures": [{"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[config.model_type]],
+            "hidden_act": "silu", "rms_norm_eps": raw.pop("norm_eps")}  # fmt: skip
+    if scaling := raw["rope_scaling"]:
+        context = int(scaling["original_max_position_embeddings"])
+        raw["rope_scaling"] = {"rope_type": "llama3", **scaling, "original_max_position_embeddings": context}
+    return raw
 
 
 @torch.no_grad()

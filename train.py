@@ -33,6 +33,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -47,7 +48,7 @@ import data
 from dart import option
 from data import Parser, end, one_line_errors, run_program
 from eval import (DTYPES, RunOptions, check_room, check_vocabulary, compare_runs, evaluate_pathway, load_run, parse_options,
-                  pick_device, read_json, read_run, replacing, suite_table, write_atomically)  # fmt: skip
+                  pick_device, read_json, read_run, replacing, suite_table, write_atomically, write_json)  # fmt: skip
 from eval import Options as EvalOptions
 from model import MODELS, ModelConfig, Transformer
 
@@ -66,8 +67,8 @@ class Options(RunOptions):
     compare: tuple = option((), "methods trained first with the same options, into folders of --out, for a table")
     suite: str = option("", "a table of the paper: all its rows are trained, into folders of --out, and compared",
                         choices=("", "table1", "table3", "table4", "table5", "figure2"))  # fmt: skip
-    seeds: int = option(1, "how many of them for each row of the suite, from --seed on", low=1, high=1000)
-    jobs: int = option(1, "runs of a comparison or a suite that go on side by side, where they are on a CPU; 0: one a core")
+    seeds: int = option(1, "seeds for each row of the suite, counted up from --seed", low=1, high=1000)
+    jobs: int = option(1, "runs of a comparison or a suite trained side by side on a CPU; 0: one a core")
     test_data: tuple = option((), "data sets that the rows of the suite are compared on; none: --data")
     epochs: int = option(10, "passes over the training data", low=1)
     steps: int = option(0, "optimizer steps; 0: as many as --epochs take")
@@ -84,12 +85,12 @@ class Options(RunOptions):
     beta2: float = option(0.999, "AdamW's", high=0.99999)
     grad_clip: float = option(2.0, "largest norm of the gradient; 0: no limit")
     eval_every: int = option(0, "steps between evaluations on the validation split; 0: once an epoch")
-    eval_size: int = option(500, "at most so many validation problems; 0: none, for data without a validation split")
+    eval_size: int = option(500, "largest number of validation problems; 0: none, for data without a validation split")
     log_every: int = option(10, "steps between lines of the log", low=1)
     save_every: int = option(500, "steps between checkpoints", low=1)
-    save_minutes: float = option(10.0, "a checkpoint is also written where the last one is so many minutes old; 0: by steps alone")
-    keep_checkpoints: int = option(2, "so many of the last checkpoints are kept", low=1)
-    skip_nonfinite: int = option(0, "so many steps whose loss or gradient is not finite are left out before such a step ends the run")
+    save_minutes: float = option(10.0, "also save when the last checkpoint is this many minutes old; 0: never")
+    keep_checkpoints: int = option(2, "number of latest checkpoints to keep", low=1)
+    skip_nonfinite: int = option(0, "number of steps with a non-finite loss or gradient to leave out before such a step ends the run")
     device: str = option("auto", "cpu, cuda, or auto", choices=("auto", "cpu", "cuda"))
 
 
@@ -139,6 +140,7 @@ PAPER = {  # (table, preset, data set) -> the paper's accuracies in % and times 
 def read_options(argv, method=None):
     """Options from the command line, for `method` where it is given; ValueError for what is unknown or contradictory."""
     argv = sys.argv[1:] if argv is None else argv
+    given = {word.partition("=")[0] for word in argv}
     first = Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default="demo")
     first.add_argument("--method", default="dart")
@@ -148,7 +150,7 @@ def read_options(argv, method=None):
     recipe = PRESETS[preset] | METHOD_PRESETS.get((preset, method or asked), {})
     options = parse_options(Options, argv, __doc__, {"preset": preset, **recipe})
     options.method = method or options.method
-    if "--epochs" in argv and "--steps" not in argv:
+    if "--epochs" in given and "--steps" not in given:
         options.steps = 0
     options.out = options.out or f"out/{preset}" + f"-{options.suite}" * bool(options.suite)
     if options.random_init and not options.model:
@@ -161,8 +163,10 @@ def read_options(argv, method=None):
         raise ValueError(f"--data {options.data}: neither a directory nor one of demo, {', '.join(data.DATASETS)}")
     if unknown := [name for name in options.compare if name not in dart.METHODS or options.compare.count(name) > 1]:
         raise ValueError(f"--compare {unknown[0]}: each once, of {', '.join(dart.METHODS)}")
-    if options.suite and (options.compare and "--compare" in argv or options.overwrite):
-        raise ValueError("--suite goes neither with --compare nor with --overwrite; it continues what is there")
+    if options.suite and ("--method" in given or options.compare and "--compare" in given or options.overwrite):
+        raise ValueError("--suite goes with neither --method, --compare nor --overwrite; it continues what is there")
+    if not options.suite and (options.seeds > 1 or options.test_data):
+        raise ValueError("--seeds and --test_data go with --suite")
     if options.resume and options.overwrite:
         raise ValueError("--resume and --overwrite contradict each other")
     for name in ("model", "tokenizer", "data", "data_dir"):  # the run must find them again, from wherever it is evaluated
@@ -198,7 +202,8 @@ def start_processes(options):
 
 
 def meeting_point():
-    """Where the processes find each other. torchrun may keep one over its restarts, and with it the addresses of the processes before."""
+    """Where the processes find each other. torchrun may reuse a store over its restarts, with the addresses of dead processes in it; hence
+    the prefix."""
     store, rank, world = next(rendezvous("env://", timeout=PATIENCE))
     if os.environ.get("GROUP_WORLD_SIZE") == "1":  # the torchruns of several machines count their restarts each by itself
         store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
@@ -254,8 +259,7 @@ def started_by():
 
 
 def lock(out):
-    """Makes the directory where it is not there. Returns a handle; while it is open, no other process gets one. ValueError where another
-    has it."""
+    """Creates the directory if needed, and locks it until the returned handle is closed. ValueError if another process holds it."""
     Path(out).mkdir(parents=True, exist_ok=True)
     handle = os.open(out, os.O_RDONLY)
     try:
@@ -269,17 +273,22 @@ def lock(out):
 
 
 def claim(run, world):
-    """Makes the directory, checked and locked, that of this run, which has been prepared: nothing old is given up before. Stopped
-    anywhere within, it leaves a directory that may be resumed or overwritten."""
+    """Takes the directory for this run, after `prepare` and `lock`: nothing old is deleted before. Interrupted anywhere, it leaves a
+    directory that can still be resumed or overwritten."""
     options, out = run.options, Path(run.options.out)
     check_out(options)
     if options.resume and max(saved_steps(out), default=0) != run.progress.step:
         raise ValueError(f"--out {out}: another process has trained in it meanwhile")
     if not options.resume or not (out / "config.json").is_file():
-        for path in (path for name in RUN_FILES for end in ("", ".tmp") for path in out.glob(name + end)):
+        for path in files_of(out, RUN_FILES):
             path.unlink()
-        write_atomically(out / "config.json", json.dumps(describe(run, world), indent=1) + "\n")
+        write_json(out / "config.json", describe(run, world))
     run.method.tokenizer.save(out)
+
+
+def files_of(out, names):
+    """The files of these names in a directory, half-written ones too."""
+    return [path for name in names for end in ("", ".tmp") for path in Path(out).glob(name + end)]
 
 
 def describe(run, world):
@@ -367,9 +376,9 @@ def save_checkpoint(run):
     path.unlink(missing_ok=True)
     save_tensors(tensors, path.with_suffix(".safetensors"), progress.step)
     content = {**dataclasses.asdict(progress), "run": run.identity}
-    write_atomically(path, json.dumps({"checksum": checksum(path, content), **content}, indent=1) + "\n")
+    write_json(path, {"checksum": checksum(path, content), **content})
     kept = saved_steps(out)[-run.options.keep_checkpoints :]
-    for old in (path for name in CHECKPOINTS for end in ("", ".tmp") for path in out.glob(name + end)):
+    for old in files_of(out, CHECKPOINTS):
         if not old.name.startswith(tuple(f"checkpoint-{step:08d}." for step in kept)):
             old.unlink()
 
@@ -562,7 +571,7 @@ def train_step(wrapped, method, micro_batches, share):
 
     totals = {}
     for micro, losses in method.passes(run_pass, micro_batches):
-        part = micro["rows"] / share
+        part = micro.rows / share
         (part * method.total(losses)).backward()
         for name, loss in losses.items():
             totals[name] = totals.get(name, 0.0) + part * loss.detach()
@@ -575,19 +584,17 @@ def validate(method, problems, options, rank, world):
     for name, pathway in method.pathways.items():
         records = dart.evaluate(method.model, method.tokenizer, pathway, problems[rank::world], options.max_new_tokens)
         right = torch.tensor(float(sum(record["tolerant"] for record in records)), device=method.model.embed_tokens.device)
-        if world > 1:
-            dist.all_reduce(right)
-        accuracies[name] = right.item() / len(problems)
+        accuracies[name] = dart.all_reduce(right).item() / len(problems)
     return accuracies
 
 
-VIRTUAL = Path("/proc/self/status")  # where Linux has a peak that can be set back
+STATUS = Path("/proc/self/status")  # where Linux has a peak that can be set back
 
 
 def reset_peak_memory(device):
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    elif VIRTUAL.is_file():
+    elif STATUS.is_file():
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
 
@@ -596,8 +603,8 @@ def peak_memory(device):
     """Bytes: of the GPU's memory, or of the whole process on a CPU."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated()
-    if VIRTUAL.is_file():
-        return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", VIRTUAL.read_text())[1])
+    if STATUS.is_file():
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", STATUS.read_text())[1])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -613,7 +620,7 @@ class Log:
     other runs beside. Rank 0 alone writes."""
 
     def __init__(self, path, rank, step, label):
-        """The lines up to the step stay, but its validation, which is done again."""
+        """Keeps the lines up to `step`, except that step's validation, which is repeated."""
         self.path, self.rank, self.label, self.live = path, rank, label and f"{label}: ", sys.stdout.isatty() and not label
         if rank == 0:
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if step and path.is_file() else []
@@ -638,6 +645,49 @@ class Log:
             print(f"\r\x1b[K{text}", end="\n" if done else "", flush=True)
 
 
+class Meter:
+    """Speed, padding and memory of the training; padding and memory since the start or the resumption."""
+
+    def __init__(self, run, device):
+        self.run, self.device, self.began = run, device, time.perf_counter() - run.progress.seconds
+        self.mine = self.padded = 0
+        reset_peak_memory(device)
+
+    @contextlib.contextmanager
+    def pause(self):
+        """What goes on within is no training time."""
+        if torch.device(self.device).type == "cuda":
+            torch.cuda.synchronize()
+        before = time.perf_counter()
+        self.run.progress.seconds = before - self.began
+        yield
+        self.began += time.perf_counter() - before
+
+    def count(self, micro_batches, world):
+        progress = self.run.progress
+        for micro in micro_batches:
+            self.mine += micro.tokens
+            progress.tokens += micro.tokens * world  # the other processes' rows are of about the same lengths
+            self.padded += sum(batch.ids.numel() for batch in micro.batches.values())
+            for name, flops in micro.flops.items():
+                progress.flops[name] += flops * world
+
+    def totals(self):
+        seconds = time.perf_counter() - self.began
+        return {"seconds": seconds, "tokens_per_s": self.run.progress.tokens / seconds, "peak_memory": peak_memory(self.device),
+                "padding": 1 - self.mine / max(self.padded, 1)}  # fmt: skip
+
+    def record(self, losses, norm, lr):
+        """(dictionary for log.jsonl, line for the screen)"""
+        totals, step, steps = self.totals(), self.run.progress.step, self.run.steps
+        left = totals["seconds"] / step * (steps - step)
+        text = "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+        text = (f"step {step}/{steps}  {text}  lr {lr:.1e}  |g| {norm:.2f}  {totals['tokens_per_s']:,.0f} tokens/s  "
+                f"padding {100 * totals['padding']:.1f} %  peak {totals['peak_memory'] / 2**30:.2f} GiB  "
+                f"left {left // 60:.0f}:{left % 60:02.0f}")  # fmt: skip
+        return {"step": step, **losses, "lr": lr, "grad_norm": norm, **totals}, text
+
+
 @dataclass
 class Run:
     """What `prepare` makes ready and `train` uses."""
@@ -650,6 +700,7 @@ class Run:
     lengths: np.ndarray  # [N, P] tokens of these rows
     valid: list
     steps: int
+    per_epoch: int  # steps
     identity: dict
     progress: Progress
 
@@ -675,47 +726,55 @@ def prepare(options, device):
             for name in method.pathways}  # fmt: skip
     lengths = np.array([[len(row.ids) for row in some] for some in rows.values()]).T
     longest = lengths.max()
-    if tails := [len(row.ids) - row.start for some in rows.values() for row in some if row.start]:  # rows with thoughts
-        longest += max(tails)  # padding may stand behind all rows (`dart.think`)
-        if stage is not None:
-            longest += max(pathway.thoughts for pathway in method.pathways.values())
+    if thinking := [row for some in rows.values() for row in some if row.start]:  # padding may stand behind all rows (`dart.think`)
+        later = max(pathway.thoughts for pathway in method.pathways.values()) if stage is not None else 0
+        longest = max(longest, max(row.start for row in thinking) + max(len(row.ids) - row.start for row in thinking) + later)
     if longest > method.model.config.max_position_embeddings:
         raise ValueError(f"--data {options.data}: a row needs {longest} positions, but the model has "
                          f"{method.model.config.max_position_embeddings} positions")  # fmt: skip
     asked = valid
     if options.compare:
         asked = asked + train[:TRAIN_SAMPLE] + load(options, "test")
+    for name in options.test_data:
+        asked = asked + data.load(name, "test", options.seed, options.data_dir)
     check_room(method, asked, options.max_new_tokens)
     optimizer = make_optimizer(method.model, options)
     progress = Progress(flops=dict.fromkeys(method.pathways, 0.0))
-    run = Run(options, method, optimizer, train, rows, lengths, valid, steps, identity(method, train, options), progress)
+    run = Run(options, method, optimizer, train, rows, lengths, valid, steps, per_epoch, identity(method, train, options), progress)
     if options.resume:
         load_checkpoint(run)
     return run
 
 
+class Micro(NamedTuple):
+    """A forward pass's share of a global batch."""
+
+    batches: dict  # pathway -> Batch
+    rows: int
+    tokens: int  # useful ones, of all pathways
+    flops: dict  # pathway -> what it costs
+
+
 def global_batches(run, first):
     """The global batches, each an index array, from step `first` on to the last."""
-    per_epoch = len(run.lengths) // run.options.batch_size
-    for epoch in range(first // per_epoch, math.ceil(run.steps / per_epoch)):
+    for epoch in range(first // run.per_epoch, math.ceil(run.steps / run.per_epoch)):
         batches = data.epoch_batches(run.lengths, run.options.batch_size, run.options.seed, epoch)
-        start = epoch * per_epoch
+        start = epoch * run.per_epoch
         yield from batches[max(first - start, 0) : run.steps - start]
 
 
 def stage_of(run, step):
-    """The method's stage in the step (1, 2, ...); None where it has no stages."""
-    return run.method.stage(step - 1, len(run.lengths) // run.options.batch_size)
+    """The method's stage. Steps are counted from 1 here, from 0 in `Method.stage`."""
+    return run.method.stage(step - 1, run.per_epoch)
 
 
 def make_micro_batches(run, step, batch, rank, world, device):
-    """This process's rows of a global batch, cut into forward passes: list of {pathway: Batch, 'rows': their number, 'tokens':
-    useful ones, 'flops': {pathway: what they cost}}."""
+    """This process's rows of a global batch, cut into forward passes: list of Micro."""
     method, stage, mine = run.method, stage_of(run, step), batch[rank::world]
     draws = np.random.default_rng((run.options.seed, step, 1)).random(len(batch))[rank::world]
     size, pad, micro_batches = run.options.micro_batch_size or len(mine), method.tokenizer.eos_id, []
     for start in range(0, len(mine), size):
-        micro = {"rows": len(mine[start : start + size]), "tokens": 0, "flops": {}}
+        batches, tokens, flops = {}, 0, {}
         for name, rows in run.rows.items():
             some = [rows[i] for i in mine[start : start + size]]
             if stage is not None:
@@ -723,10 +782,10 @@ def make_micro_batches(run, step, batch, rank, world, device):
                 some = [pathway.row(run.problems[i], method.tokenizer)
                         for pathway, i in zip(pathways, mine[start : start + size], strict=True)]  # fmt: skip
             lengths, learned = [len(row.ids) for row in some], sum(len(row.ids) - row.z for row in some)
-            micro[name] = data.collate(some, pad).to(device)
-            micro["tokens"] += sum(lengths)
-            micro["flops"][name] = method.model.training_flops(lengths, learned, method.pathways[name].silent)
-        micro_batches.append(micro)
+            batches[name] = data.collate(some, pad).to(device)
+            tokens += sum(lengths)
+            flops[name] = method.model.training_flops(lengths, learned, method.pathways[name].silent)
+        micro_batches.append(Micro(batches, len(some), tokens, flops))
     return micro_batches
 
 
@@ -737,7 +796,7 @@ def train(run, rank, world, device, label=""):
     parameters = [p for p in method.parameters() if p.requires_grad]
     log, meter, saved = Log(out / "log.jsonl", rank, progress.step, label), Meter(run, device), progress.step
     tried = time.monotonic()  # when a checkpoint was last written, or should have been
-    eval_every = options.eval_every or len(run.lengths) // options.batch_size
+    eval_every = options.eval_every or run.per_epoch
 
     def evaluation():
         if not run.valid:
@@ -778,7 +837,8 @@ def train(run, rank, world, device, label=""):
         losses = train_step(wrapped, method, micro_batches, len(batch) // world)
         norm = torch.nn.utils.clip_grad_norm_(parameters, options.grad_clip or math.inf)
         finite = bool(torch.stack([norm, *losses.values()]).isfinite().all())
-        stop, bad = agree(world, device, asked_to_stop(), not finite)
+        flags = torch.tensor([asked_to_stop(), not finite], device=device)  # of all processes
+        stop, bad = dart.all_reduce(flags, dist.ReduceOp.MAX).tolist()
         if bad:
             text = f"step {step}: a loss or the gradient is not finite ({'  '.join(f'{k} {v:.3g}' for k, v in losses.items())}  |g| " \
                    f"{norm:.3g}), problems {' '.join(map(str, batch))} (the first one is 0)"  # fmt: skip
@@ -795,7 +855,7 @@ def train(run, rank, world, device, label=""):
         meter.count(micro_batches, world)
         last = step == run.steps
         if not bad and (step % options.log_every == 0 or last):
-            losses = {name: mean_over_processes(loss, world) for name, loss in losses.items()}
+            losses = {name: dart.all_reduce(loss).item() / world for name, loss in losses.items()}
             log.write(*meter.record(losses, norm.item(), optimizer.param_groups[0]["lr"]))
         old = options.save_minutes and time.monotonic() - tried > 60 * options.save_minutes
         if rank == 0 and (step % options.save_every == 0 or old or stop or last):
@@ -809,66 +869,8 @@ def train(run, rank, world, device, label=""):
               "valid": evaluation(), "skipped": progress.skipped,
               "trained_parameters": sum(p.numel() for p in parameters)}  # fmt: skip
     if rank == 0:
-        save("result.json", write_atomically, out / "result.json", json.dumps(result, indent=1) + "\n")
+        save("result.json", write_json, out / "result.json", result)
     return result
-
-
-def agree(world, device, *flags):
-    """The largest of each flag over the processes."""
-    if world == 1:
-        return flags
-    flags = torch.tensor(flags, dtype=torch.int64, device=device)
-    dist.all_reduce(flags, dist.ReduceOp.MAX)
-    return flags.tolist()
-
-
-def mean_over_processes(value, world):
-    if world > 1:
-        dist.all_reduce(value)
-    return value.item() / world
-
-
-class Meter:
-    """Speed, padding and memory of the training; padding and memory since the start or the resumption."""
-
-    def __init__(self, run, device):
-        self.run, self.device, self.began = run, device, time.perf_counter() - run.progress.seconds
-        self.mine = self.padded = 0
-        reset_peak_memory(device)
-
-    @contextlib.contextmanager
-    def pause(self):
-        """What goes on within is no training time."""
-        if torch.device(self.device).type == "cuda":
-            torch.cuda.synchronize()
-        before = time.perf_counter()
-        self.run.progress.seconds = before - self.began
-        yield
-        self.began += time.perf_counter() - before
-
-    def count(self, micro_batches, world):
-        progress = self.run.progress
-        for micro in micro_batches:
-            self.mine += micro["tokens"]
-            progress.tokens += micro["tokens"] * world  # the other processes' rows are of about the same lengths
-            self.padded += sum(micro[name].ids.numel() for name in self.run.rows)
-            for name, flops in micro["flops"].items():
-                progress.flops[name] += flops * world
-
-    def totals(self):
-        seconds = time.perf_counter() - self.began
-        return {"seconds": seconds, "tokens_per_s": self.run.progress.tokens / seconds, "peak_memory": peak_memory(self.device),
-                "padding": 1 - self.mine / max(self.padded, 1)}  # fmt: skip
-
-    def record(self, losses, norm, lr):
-        """(dictionary for log.jsonl, line for the screen)"""
-        totals, step, steps = self.totals(), self.run.progress.step, self.run.steps
-        left = totals["seconds"] / step * (steps - step)
-        text = "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
-        text = (f"step {step}/{steps}  {text}  lr {lr:.1e}  |g| {norm:.2f}  {totals['tokens_per_s']:,.0f} tokens/s  "
-                f"padding {100 * totals['padding']:.1f} %  peak {totals['peak_memory'] / 2**30:.2f} GiB  "
-                f"left {left // 60:.0f}:{left % 60:02.0f}")  # fmt: skip
-        return {"step": step, **losses, "lr": lr, "grad_norm": norm, **totals}, text
 
 
 def conclude(options, runs, result, device):
@@ -879,7 +881,7 @@ def conclude(options, runs, result, device):
         result = {**result, "chance": data.demo_chance(test)}
         text += f"\nGuessing a remainder is right in {100 * result['chance']:.1f} % of the test problems.\n"
     write_atomically(out / "table.md", text)
-    write_atomically(out / "result.json", json.dumps({**result, "table": figures}, indent=1) + "\n")
+    write_json(out / "result.json", {**result, "table": figures})
     print(f"\n{text}\nThe run is in {out}, this table in {out / 'table.md'}; python eval.py --ckpt {out} evaluates it again.")
 
 
@@ -903,24 +905,24 @@ def evaluated(one, names, device):
         sets = {name: data.load(name, "test", one.seed, one.data_dir) for name in missing}
         how = EvalOptions(pathway=(method.answers_through,), max_new_tokens=run.max_new_tokens)
         figures |= {row["data"]: row for row in evaluate_pathway(method, method.answers_through, sets, how)[0]}
-        write_atomically(path, json.dumps(figures, indent=1) + "\n")
+        write_json(path, figures)
     return figures
 
 
 def conclude_suite(options, runs, device):
     """The table of a suite for each data set: printed, and left in table.md and table.json of --out."""
     out, names, texts, tables = Path(options.out), options.test_data or (options.data,), [], {}
-    seeds = {row: [evaluated(one, names, device) | {"": read_json(Path(one.out) / "result.json")} for one in some]
-             for row, some in runs.items()}  # fmt: skip
+    figures = {row: [(evaluated(one, names, device), read_json(Path(one.out) / "result.json")) for one in some]
+               for row, some in runs.items()}  # fmt: skip
     for name in names:
-        paper = PAPER.get((options.suite, options.preset, name), ([None] * len(seeds),) * 2)
-        rows = {row: ([one[name] | one[""] for one in some], *figures)
-                for (row, some), *figures in zip(seeds.items(), *paper, strict=True)}  # fmt: skip
+        paper = PAPER.get((options.suite, options.preset, name), ([None] * len(figures),) * 2)
+        rows = {row: ([tested[name] | trained for tested, trained in some], *published)
+                for (row, some), *published in zip(figures.items(), *paper, strict=True)}  # fmt: skip
         text, tables[name] = suite_table(rows)
         last = options.seed + options.seeds - 1
         texts.append(f"{options.suite}, {options.preset} on {name}, seeds {options.seed} to {last}\n\n{text}")
     write_atomically(out / "table.md", "\n".join(texts))
-    write_atomically(out / "table.json", json.dumps(tables, indent=1) + "\n")
+    write_json(out / "table.json", tables)
     print("\n" + "\n".join(texts))
     with contextlib.suppress(ImportError):  # Figure 2 as an image, where there is matplotlib
         if options.suite == "figure2":
@@ -984,8 +986,8 @@ def train_one(options, rank, world, device, label=""):
 
 
 def train_side_by_side(runs, out, jobs):
-    """Trains runs in processes of their own, so many at a time, the last one first, as it takes longest in a comparison; yields what
-    `train_one` returns. They share the cores, and the signals."""
+    """Trains runs in `jobs` processes, the last one first, as it takes longest in a comparison; yields what `train_one` returns, in their
+    order. They share the cores, and the signals."""
 
     def pass_on(number):  # the terminal sends SIGINT to all processes, others only to this one
         for child in multiprocessing.active_children():
@@ -1018,7 +1020,10 @@ def main(argv=None):
         runs = [one for seeds in suite.values() for one in seeds] or [
             dataclasses.replace(read_options(argv, name), out=str(Path(options.out) / name), compare=())
             for name in options.compare
+            if name != options.method
         ] + [options]
+        for name in options.test_data:
+            data.load(name, "test", options.seed, options.data_dir)  # before days of training
         for one in runs:
             continue_after_restart(one)
             check_out(one)
@@ -1039,10 +1044,11 @@ def main(argv=None):
     if world > 1:
         dist.barrier()  # without it a process sometimes aborts at its end
         dist.destroy_process_group()
-    if rank == 0 and suite:
-        conclude_suite(options, suite, device)
-    elif rank == 0 and options.compare:
-        conclude(options, runs, result, device)
+    with one_line_errors():
+        if rank == 0 and suite:
+            conclude_suite(options, suite, device)
+        elif rank == 0 and options.compare:
+            conclude(options, runs, result, device)
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ class Ours:
         rows = {name: [pathway.row(problem, tokenizer) for problem in problems] for name, pathway in method.pathways.items()}
         lengths = np.array([[len(row.ids) for row in some] for some in rows.values()]).T
         optimizer = train.make_optimizer(model, self.options)
-        self.run = train.Run(self.options, method, optimizer, problems, rows, lengths, [], 1, {}, train.Progress())
+        self.run = train.Run(self.options, method, optimizer, problems, rows, lengths, [], 1, 1, {}, train.Progress())
         self.parameters = [p for p in method.parameters() if p.requires_grad]
 
     def backward(self, batch):
@@ -99,7 +99,7 @@ class Ours:
     def flops(self, batches):
         """What the batches cost without padding."""
         micro = (micro for batch in batches for micro in train.make_micro_batches(self.run, 1, batch, 0, 1, self.device))
-        return sum(sum(one["flops"].values()) for one in micro)
+        return sum(sum(one.flops.values()) for one in micro)
 
     def gradients(self):
         return {name: p.grad for name, p in self.run.method.model.named_parameters() if p.grad is not None}

@@ -297,11 +297,16 @@ def test_gpt_nano_sort_has_its_reference_activations(tmp_path):
     model = Transformer.from_pretrained(tmp_path)
     ids = torch.tensor(partials["idx"]).long()
     with torch.no_grad():
-        hidden, states = model(ids, at=torch.arange(ids.shape[1])[None])
+        hidden, states = model(ids, at=every_token(ids))
     for layer in range(3):
-        torch.testing.assert_close(states[layer], torch.tensor(partials[f"block{layer}"]), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(states[layer].view_as(hidden), torch.tensor(partials[f"block{layer}"]), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(hidden, torch.tensor(partials["ln_f"]), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(model.logits(hidden), torch.tensor(partials["lm_head"]), rtol=1e-5, atol=1e-5)
+
+
+def every_token(ids):
+    """(rows, columns) of all tokens."""
+    return [part.flatten() for part in torch.meshgrid(*map(torch.arange, ids.shape), indexing="ij")]
 
 
 @pytest.mark.parametrize("name", ["tiny-gpt2", "arithmetic-llama"])
@@ -313,9 +318,9 @@ def test_hugging_face_directories_as_they_are(name):
     for layer in theirs.transformer.h if name == "tiny-gpt2" else theirs.model.layers:
         layer.register_forward_hook(lambda _, __, out: outputs.append(out[0] if isinstance(out, tuple) else out))
     with torch.no_grad():
-        hidden, states = model(ids, at=torch.arange(400)[None])
+        hidden, states = model(ids, at=every_token(ids))
         logits = theirs(ids).logits
-    for ours, want in ((model.logits(hidden), logits), *zip(states, outputs, strict=True)):
+    for ours, want in ((model.logits(hidden), logits), *zip(states.view(-1, *hidden.shape), outputs, strict=True)):
         assert ((ours - want).abs().max() / want.abs().max()) <= 1e-5
     cache = KVCache(model.config, 2, 400)
     with torch.no_grad():

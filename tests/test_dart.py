@@ -43,7 +43,7 @@ def make(name="dart", seed=0, **changes):
 def micros(method, problems, size):
     """The step's micro-batches, as the training program makes them."""
     rows = {name: [pathway.row(p, TOKENIZER) for p in problems] for name, pathway in method.pathways.items()}
-    return [{name: collate(some[start : start + size], TOKENIZER.eos_id) for name, some in rows.items()}
+    return [SimpleNamespace(batches={name: collate(some[start : start + size], TOKENIZER.eos_id) for name, some in rows.items()})
             for start in range(0, len(problems), size)]  # fmt: skip
 
 
@@ -276,8 +276,8 @@ def slow_losses(method, problems):
             ids = torch.tensor([q + middle + y])
             z_n = len(q + middle) - 1
             assert ids[0, z_n] == COLON
-            hidden, states = model(ids, silent=name == "st", at=torch.tensor([[z_n]]))
-            (cot_states if name == "cot" else silent_states).append(states[:, 0, 0])
+            hidden, states = model(ids, silent=name == "st", at=torch.tensor([[0], [z_n]]))
+            (cot_states if name == "cot" else silent_states).append(states[:, 0])
             log_p = torch.log_softmax(model.logits(hidden)[0], dim=-1)
             start = len(q) if name == "cot" else len(q + middle)
             for piece in learned:
@@ -352,18 +352,18 @@ def test_thoughts_through_the_cache_equal_those_of_the_whole_prefix(family, proj
     rows = [torch.randint(0, 98, (n,)).tolist() for n in (17, 30, 23, 12)]
     start, end, thoughts = torch.tensor([4, 20, 11, 5]), torch.tensor([17, 30, 23, 12]), 3
     ids = torch.tensor([row + [1] * (30 - len(row)) for row in rows])
-    at = torch.tensor([[7, 16], [22, 29], [15, 20], [8, 11]])  # from the last thought on
+    at = torch.tensor([[0, 0, 1, 1, 2, 2, 3, 3], [7, 16, 22, 29, 15, 20, 8, 11]])  # from the last thought on
     hidden, first, states = dart.think(model, ids, start, end, thoughts, at=at)
     assert first.tolist() == [6, 22, 13, 7]
     fast = [hidden[b, : end[b] - first[b]] for b in range(4)]
     slow, slow_states = [], []
     for b, row in enumerate(rows):
-        out, state = model(slow_thoughts(model, row, int(start[b]), thoughts)[None], at=at[b][None])
+        out, state = model(slow_thoughts(model, row, int(start[b]), thoughts)[None], at=(at[0, :2] * 0, at[1, 2 * b : 2 * b + 2]))
         slow.append(out[0, first[b] :])
-        slow_states.append(state[:, 0])
+        slow_states.append(state)
     for b in range(4):
         torch.testing.assert_close(fast[b], slow[b], rtol=1e-5, atol=1e-5 * slow[b].abs().max().item())
-        torch.testing.assert_close(states[:, b], slow_states[b], rtol=1e-5, atol=1e-5 * slow_states[b].abs().max().item())
+        torch.testing.assert_close(states[:, 2 * b : 2 * b + 2], slow_states[b], rtol=1e-5, atol=1e-5 * slow_states[b].abs().max().item())
     weights = [torch.randn_like(part) for part in fast]
     gradients = []
     for outs in (fast, slow):
@@ -379,10 +379,10 @@ def slow_row(method, pathway, problem, at=0):
     model, row = method.model, pathway.row(problem, TOKENIZER)
     ids = row.ids.tolist()
     x = slow_thoughts(model, ids, row.start, row.thoughts)[None] if row.thoughts else torch.tensor([ids])
-    hidden, states = model(x, silent=pathway.silent, at=torch.tensor([[row.y - 1 + at]]))
+    hidden, states = model(x, silent=pathway.silent, at=torch.tensor([[0], [row.y - 1 + at]]))
     log_p = torch.log_softmax(model.logits(hidden)[0], dim=-1)
     pieces = [range(row.z, row.y), range(row.y, len(ids))]
-    return sum(-sum(log_p[i - 1, ids[i]] for i in piece) / len(piece) for piece in pieces if len(piece)), states[:, 0, 0]
+    return sum(-sum(log_p[i - 1, ids[i]] for i in piece) / len(piece) for piece in pieces if len(piece)), states[:, 0]
 
 
 @pytest.mark.parametrize(
@@ -598,7 +598,7 @@ def test_without_the_distillation_loss():
 def test_only_the_state_at_z_n_is_distilled():
     """The distillation's gradient reaches the student's layer outputs at z_N's index, and nowhere else directly."""
     method = make("dart")
-    part = micros(method, PROBLEMS, 4)[0]
+    part = micros(method, PROBLEMS, 4)[0].batches
     _, teacher = method("cot", part["cot"])
     outputs = []
 
@@ -674,7 +674,7 @@ def test_dropout_is_off_when_answering():
 def test_cross_entropy_is_computed_in_fp32_whatever_the_model_computes_in():
     method = make("no-cot")
     method.model.compute_dtype = torch.bfloat16
-    batch = micros(method, PROBLEMS, 4)[0]["no-cot"]
+    batch = micros(method, PROBLEMS, 4)[0].batches["no-cot"]
     hidden = method.model(batch.ids)
     assert hidden.dtype == torch.bfloat16
     logits = method.model.logits(hidden[batch.row, batch.col - 1])
@@ -685,7 +685,7 @@ def test_cross_entropy_is_computed_in_fp32_whatever_the_model_computes_in():
 
 def test_lora_dropout_acts_in_training_and_in_both_pathways():
     method = make("dart", lora_rank=4, lora_dropout=0.5)
-    part = micros(method, PROBLEMS, 4)[0]
+    part = micros(method, PROBLEMS, 4)[0].batches
     for name in part:
         torch.manual_seed(1)
         a, b = (method.train()(name, part[name])[0][name].item() for _ in range(2))
@@ -695,7 +695,7 @@ def test_lora_dropout_acts_in_training_and_in_both_pathways():
 
 def test_cross_entropy_is_that_of_full_logits():
     method = make("no-cot")
-    batch = micros(method, PROBLEMS, 4)[0]["no-cot"]
+    batch = micros(method, PROBLEMS, 4)[0].batches["no-cot"]
     hidden = method.model(batch.ids)
     dense = F.cross_entropy(method.model.logits(hidden)[:, :-1].transpose(1, 2), batch.ids[:, 1:], reduction="none")
     weights = torch.zeros(batch.ids.shape)

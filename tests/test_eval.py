@@ -58,7 +58,7 @@ def test_the_merged_run_answers_as_the_trained_one(a_run):
     ids = torch.tensor([method.pathways["st"].prompt("sam has 7 pens gets 5 packs of 4 ?", method.tokenizer)])
     with torch.no_grad():
         for name, silent in (("st", True), ("cot", False)):
-            model = evaluation.merged(method, name)
+            model = evaluation.merged_copy(method, name)
             torch.testing.assert_close(model(ids, silent=silent), method.model(ids, silent=silent), rtol=1e-4, atol=1e-5)
     assert method.model.merged is None  # the copy was merged, not the model
 
@@ -153,7 +153,7 @@ def changed_option(name, value):
         (lambda run, tmp: ["--ckpt", str(run), "--split", "dev"], "invalid choice: 'dev'"),
         (lambda run, tmp: ["--ckpt", str(run), "--json", str(tmp / "no" / "dir.json")], "its directory does not exist"),
         (lambda run, tmp: ["--ckpt", str(run), "--json", str(run / "config.json")], "config.json: exists already"),
-        (lambda run, tmp: ["--ckpt", str(run), "--max_new_tokens", "60"], "the model has 64 positions"),
+        (lambda run, tmp: ["--ckpt", str(run), "--max_new_tokens", "80"], "the model has 80 positions"),
         (unknown_word, "'zebra' is not in the vocabulary"),
         (changed_option("rem_rank", "32"), "config.json: not the configuration of a run"),
         (changed_option("rem_rank", -1), "config.json: not the configuration of a run"),
@@ -209,7 +209,7 @@ def compiled_answers(name, monkeypatch):
     for pathway_name, pathway in method.pathways.items():
         torch._dynamo.reset()
         graphs.clear()
-        plain, compiled = (evaluation.merged(method, pathway_name, compiled) for compiled in (False, True))
+        plain, compiled = (evaluation.merged_copy(method, pathway_name, compiled) for compiled in (False, True))
         for size in (1, 4, 3):
             want, found = (dart.answer(model, tokenizer, pathway, questions, 5, size) for model in (plain, compiled))
             assert found == want

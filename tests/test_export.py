@@ -95,7 +95,7 @@ def test_the_card_says_how_to_prompt_an_exported_run(tmp_path, trained, method, 
     code = f"import torch\nDIRECTORY = {str(hf)!r}\n" + code.replace('"..."', repr(QUESTION))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     loaded, _ = evaluation.load_run(run)
-    (ours,) = dart.answer(evaluation.merged(loaded, pathway), loaded.tokenizer, loaded.pathways[pathway], [QUESTION], 24)
+    (ours,) = dart.answer(evaluation.merged_copy(loaded, pathway), loaded.tokenizer, loaded.pathways[pathway], [QUESTION], 24)
     assert done.returncode == 0 and done.stdout.rstrip("\n") == ours.text.rpartition("Answer:")[2], done.stderr
     assert "warn" not in done.stderr.lower()
 

@@ -50,10 +50,10 @@ def test_logits_and_every_layer_agree_with_transformers(family):
     model = Transformer.from_pretrained(FIXTURES / family)
     assert want["ids"].shape[1] >= 300
     with torch.no_grad():
-        hidden, states = model(want["ids"], at=want["positions"][None])
+        hidden, states = model(want["ids"], at=(want["positions"] * 0, want["positions"]))
         logits = model.logits(hidden)[0, want["positions"]]
     assert relative(logits, want["logits"]) <= 1e-5
-    for ours, theirs in zip(states[:, 0], want["states"], strict=True):
+    for ours, theirs in zip(states, want["states"], strict=True):
         assert relative(ours, theirs) <= 1e-5
 
 
@@ -316,7 +316,7 @@ def test_states_at_an_index_are_the_layers_outputs_there():
     for layer in model.layers:
         layer.register_forward_hook(lambda _, __, out: outputs.append(out))
     with torch.no_grad():
-        hidden, states = model(ids, silent=True, at=torch.tensor([3, 19, 0]))
+        hidden, states = model(ids, silent=True, at=torch.tensor([[0, 1, 2], [3, 19, 0]]))
     assert states.shape == (3, 3, 32)
     for layer, out in enumerate(outputs):
         for row, index in enumerate((3, 19, 0)):
@@ -581,7 +581,7 @@ EVERY = Adapters(lora_rank=4, rem_rank=4, lora_mlp=True, extra_rows=1)
 def outputs_and_gradients(model, ids, silent, tail=0):
     torch.manual_seed(5)  # of dropout
     model.zero_grad()
-    hidden, states = model(ids, silent, at=torch.tensor([3, 5, 4, 6])[: len(ids)], tail=tail)
+    hidden, states = model(ids, silent, at=torch.tensor([[0, 1, 2, 3], [3, 5, 4, 6]])[:, : len(ids)], tail=tail)
     (hidden.square().mean() + states.square().mean()).backward()
     return [hidden, states, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
@@ -645,12 +645,12 @@ def compiled_layers(family):
 def test_the_last_layer_of_the_last_tokens_and_fused_projections(family, fused):
     model, ids = adapted(family, EVERY), torch.arange(27).view(3, 9)
     with torch.no_grad():
-        want, states = model.merge()(ids, at=torch.tensor([8, 5, 6]))
+        want, states = model.merge()(ids, at=torch.tensor([[0, 1, 2], [8, 5, 6]]))
         if fused:
             model.fuse()
         torch.testing.assert_close(model(ids), want, rtol=1e-5, atol=1e-5)
         cache = KVCache(model.config, 3, 10)
-        found, also = model(ids, cache=cache, tail=5, at=torch.tensor([8, 5, 6]))
+        found, also = model(ids, cache=cache, tail=5, at=torch.tensor([[0, 1, 2], [8, 5, 6]]))
         torch.testing.assert_close(found, want[:, 5:], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(also, states, rtol=1e-5, atol=1e-5)
         found = model(ids[:, 4:5], positions=torch.tensor([[4]] * 3), cache=cache)  # the cache is that of all tokens

@@ -99,7 +99,7 @@ def test_runs_side_by_side(tmp_path):
     assert steps == [8, 8], done.stdout
     accuracies = [[r["strict"] for r in json.loads((tmp_path / jobs / "result.json").read_text())["table"]] for jobs in ("two", "one")]
     assert accuracies[0] == accuracies[1]
-    done = subprocess.run([*command, "--max_new_tokens", "60", "--out", str(tmp_path / "bad")], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([*command, "--max_new_tokens", "80", "--out", str(tmp_path / "bad")], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "bad").exists()
 
@@ -185,6 +185,29 @@ def test_every_row_of_every_suite_is_a_run(tmp_path):
         assert runs.keys() == rows.keys() and len(set(outs)) == 2 * len(rows) and all(Path(out).parent.parent == tmp_path for out in outs)
 
 
+@pytest.mark.parametrize("suite", train.SUITES)
+def test_every_row_of_every_suite_has_room_on_the_built_in_task(suite):
+    problems = data.demo_problems(0)["test"][:20]
+    for (one,) in train.suite_runs(train.read_options(["--suite", suite]), ["--suite", suite]).values():
+        method = train.build(one, "cpu")
+        evaluation.check_room(method, problems, one.max_new_tokens)
+
+
+def test_the_test_sets_of_a_suite_are_looked_at_before_the_training(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main([*QUICK, "--suite", "table5", "--test_data", "demo", "svampp", "--out", str(tmp_path / "suite")])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "svampp" in error and error.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_a_method_is_not_compared_with_itself(tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(train, "train_one", lambda one, *_: trained.append(one.method) or {})
+    monkeypatch.setattr(train, "conclude", lambda *_: None)
+    train.main(["--method", "no-cot", "--jobs", "1", "--device", "cpu", "--out", str(tmp_path / "run")])
+    assert trained == ["pause", "no-cot"]
+
+
 def test_a_recipe_may_have_values_of_a_methods_own():
     for argv, own in ([], 20.0), (["--distill_weight", "3"], 3.0):
         rows = train.suite_runs(train.read_options(["--suite", "table1", *argv]), ["--suite", "table1", *argv])
@@ -211,7 +234,7 @@ def test_options_of_time_and_memory_change_no_loss(tmp_path, adapters_run, monke
 
 def test_answers_are_timed_with_fused_projections(tmp_path):
     run(tmp_path)
-    model = evaluation.merged(evaluation.load_run(tmp_path)[0], "st")
+    model = evaluation.merged_copy(evaluation.load_run(tmp_path)[0], "st")
     assert model.layers[0].self_attn.qkv_proj is not None and model.layers[0].mlp.gate_up_proj is not None
 
 
@@ -377,10 +400,10 @@ def test_rows_are_laid_out_by_stage_and_some_are_ahead(tmp_path):
     batch = np.arange(64)
     for step, stage in ((1, 0), (2, 1), (3, 2)):
         (micro,) = train.make_micro_batches(prepared, step, batch, 0, 1, "cpu")
-        gone = prepared.lengths[batch, 0] - micro["icot"].end.numpy()
+        gone = prepared.lengths[batch, 0] - micro.batches["icot"].end.numpy()
         assert gone.min() == stage and len(set(gone)) > 2 and 0.25 < (gone == stage).mean() < 0.55  # 1 - exp(-0.5) = 0.39
-        halves = [train.make_micro_batches(prepared, step, batch, rank, 2, "cpu")[0]["icot"].end.tolist() for rank in (0, 1)]
-        assert [*map(int, micro["icot"].end[0::2])] == halves[0] and [*map(int, micro["icot"].end[1::2])] == halves[1]
+        halves = [train.make_micro_batches(prepared, step, batch, rank, 2, "cpu")[0].batches["icot"].end.tolist() for rank in (0, 1)]
+        assert [*map(int, micro.batches["icot"].end[0::2])] == halves[0] and [*map(int, micro.batches["icot"].end[1::2])] == halves[1]
 
 
 @pytest.mark.parametrize("preset", train.PRESETS)
@@ -395,15 +418,15 @@ def test_the_schedules_of_every_recipe_end(preset, method):
     assert staged.stage(0, per_epoch) == 0 and staged.stage(int(0.9 * steps), per_epoch) == dart.ALL
 
 
-@pytest.mark.parametrize("method", ["codi", "coconut"])
-def test_rows_with_thoughts_need_room_for_them_and_for_padding(tmp_path, capsys, monkeypatch, method):
+@pytest.mark.parametrize("method, little, enough", [("codi", 21, 26), ("coconut", 32, 33)])
+def test_rows_with_thoughts_need_room_for_them_and_for_padding(tmp_path, capsys, monkeypatch, method, little, enough):
     options = ["--method", method, *FAST.get(method, []), "--out", str(tmp_path / "run"), "--max_new_tokens", "8"]
-    for positions in (28, 56):
+    for positions in (little, enough):
         monkeypatch.setitem(train.MODELS, "demo", dataclasses.replace(train.MODELS["demo"], max_position_embeddings=positions))
-        if positions == 28:
+        if positions == little:
             with pytest.raises(SystemExit):
                 train.main([*QUICK, *options])
-            assert "positions, but the model has 28" in capsys.readouterr().err
+            assert f"positions, but the model has {little}" in capsys.readouterr().err
         else:
             train.main([*QUICK, *options])
 
@@ -479,7 +502,7 @@ def test_what_is_no_run_is_never_touched(tmp_path, capsys, more):
 
 
 @pytest.mark.parametrize(
-    "wrong", [["--batch_size", "1821"], ["--n_st", "60"], ["--compare", "pause", "--max_new_tokens", "60"]]
+    "wrong", [["--batch_size", "1821"], ["--n_st", "80"], ["--compare", "pause", "--max_new_tokens", "80"]]
 )
 def test_a_run_is_not_given_up_for_one_that_cannot_start(tmp_path, wrong):
     """... and one that could not start leaves nothing that stands in the way of the corrected command."""
@@ -511,7 +534,7 @@ def test_overwriting_replaces_the_run_and_nothing_else(tmp_path):
         (["--lr", "-1"], "--lr -1.0: not a number of at least 0"),
         (["--warmup", "5"], "--warmup 5.0: not a number of at least 0 and at most 1"),
         (["--eval_size", "-1"], "--eval_size -1: not a number of at least 0"),
-        (["--max_new_tokens", "60"], "but the model has 64 positions"),
+        (["--max_new_tokens", "80"], "but the model has 80 positions"),
         (["--lr", "nan"], "--lr nan"),
         (["--seed", str(2**80)], "and at most 4294967295"),
         (["--batch_size", "0"], "--batch_size 0: not a number of at least 1"),
@@ -527,7 +550,11 @@ def test_overwriting_replaces_the_run_and_nothing_else(tmp_path):
         (["--compare", "magic"], "--compare magic: each once, of dart"),
         (["--compare", "cot", "cot"], "--compare cot: each once, of dart"),
         (["--resume", "--overwrite"], "contradict"),
-        (["--suite", "table1", "--overwrite"], "--suite goes neither with"),
+        (["--suite", "table1", "--overwrite"], "--suite goes with neither"),
+        (["--suite", "table1", "--compare=cot"], "--suite goes with neither"),
+        (["--suite", "table1", "--method", "cot"], "--suite goes with neither"),
+        (["--seeds", "3"], "--seeds and --test_data go with --suite"),
+        (["--test_data", "demo"], "--seeds and --test_data go with --suite"),
         (["--suite", "table2"], "invalid choice: 'table2'"),
         (["--batch_size", "1821"], "there are only 1820 problems"),
         (["--preset", "gpt2", "--model", str(FIXTURES / "gpt2"), "--data", "demo"], "no tokenizer"),
@@ -554,8 +581,8 @@ def test_a_wrong_data_line_is_one_line_and_exit_code_2(tmp_path, capsys, adapter
 
 def test_rows_longer_than_the_model_are_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        run(tmp_path / "run", "--n_st", "60")
-    assert "positions, but the model has 64 positions" in capsys.readouterr().err
+        run(tmp_path / "run", "--n_st", "80")
+    assert "positions, but the model has 80 positions" in capsys.readouterr().err
 
 
 def test_every_option_is_in_the_help(capsys):
@@ -567,7 +594,7 @@ def test_every_option_is_in_the_help(capsys):
 
 def test_epochs_replace_the_steps_of_a_recipe():
     assert train.read_options([]).steps == 1500
-    assert train.read_options(["--epochs", "2"]).steps == 0
+    assert train.read_options(["--epochs", "2"]).steps == train.read_options(["--epochs=2"]).steps == 0
     assert train.read_options(["--epochs", "2", "--steps", "7"]).steps == 7
 
 
