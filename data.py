@@ -17,7 +17,6 @@ import http.client
 import itertools
 import json
 import math
-import operator
 import os
 import re
 import ssl
@@ -110,9 +109,13 @@ STEP = re.compile(r"(<<.+?(?:>>|$))", re.MULTILINE)  # one without an end goes t
 
 def _cut_steps(text):
     """(the steps <<...>> of a text, the rest of it)"""
-    rest, found = (STEP.split(text)[start::2] for start in (0, 1))
-    steps = [part for part in found if len(part) > 4 and part.endswith(">>")]
-    return steps, "".join(rest + [part for part in found if len(part) <= 4 or not part.endswith(">>")])
+    steps, rest = [], ""
+    for part in STEP.split(text):
+        if part.startswith("<<") and part.endswith(">>") and len(part) > 4:
+            steps.append(part)
+        else:
+            rest += part
+    return steps, rest
 
 
 def read_gsm8k_aug(path):
@@ -161,15 +164,25 @@ def read_records(path, make=own_record):
 def _field(where, record, name, *kinds, many=False, default=None):
     """A field of a record as text, or (many) as a list of texts. kinds: str, and float, a number, which is written out:
     51.0 as 51, 2e-06 as 0.000002."""
+
+    def as_text(v):
+        if str in kinds and isinstance(v, str):
+            return v
+        if float in kinds and type(v) in (int, float) and abs(v) < math.inf:
+            return str(int(v)) if v == int(v) else f"{Decimal(repr(v)):f}"
+        raise TypeError
+
     value = record.get(name, default)
-    values = value if many and isinstance(value, list) else [value]
-    is_text = [str in kinds and isinstance(v, str) for v in values]
-    is_number = [float in kinds and type(v) in (int, float) and abs(v) < math.inf for v in values]
-    if (many and values is not value) or not all(map(operator.or_, is_text, is_number)):
-        wanted = "a list of " * many + " or ".join({str: "text", float: "a number"}[kind] for kind in kinds)
-        raise ValueError(f"{where}: the field {name!r} is {f'{value!r:.60}' if name in record else 'missing'}, not {wanted}")
-    texts = [v if isinstance(v, str) else str(int(v)) if v == int(v) else f"{Decimal(repr(v)):f}" for v in values]
-    return texts if many else texts[0]
+    try:
+        if not many:
+            return as_text(value)
+        if isinstance(value, list):
+            return [as_text(v) for v in value]
+        raise TypeError
+    except TypeError:
+        found = f"{value!r:.60}" if name in record else "missing"
+        wanted = ("a list of " if many else "") + " or ".join({str: "text", float: "a number"}[kind] for kind in kinds)
+        raise ValueError(f"{where}: the field {name!r} is {found}, not {wanted}") from None
 
 
 # ------------------------------------------------------------------------------------------------ published data sets
@@ -204,8 +217,8 @@ def commonsenseqa_cot(get):
 
 
 class Published(NamedTuple):
-    """One split of a data set: the file's name, its number of problems (Table 7), where it is, its size in bytes, and
-    its sha256, or the SHA-1 by which git knows it (40 digits); None where they are not known."""
+    """One split of a data set: the file's name, its number of problems (Table 7), where it is, its size in bytes, and its sha256 or, of
+    40 digits, git's SHA-1; None where they are not known."""
 
     file: str
     count: int
@@ -403,9 +416,11 @@ WORD = r"<<|>>|\d+|[^\W\d]+|[^\w\s]"
 class Words:
     """The built-in task's vocabulary: a token is a word, a number or a sign. Spaces are not tokens."""
 
-    def __init__(self, words):
-        self.words, self.size = words, len(words)
-        self.ids = {word: i for i, word in enumerate(words)}
+    words = ()  # see Tiktoken
+
+    def __init__(self, vocabulary):
+        self.vocabulary, self.size = vocabulary, len(vocabulary)
+        self.ids = {word: i for i, word in enumerate(vocabulary)}
         self.added = {word: self.ids[word] for word in ("<bos>", "<eos>", "<st>") if word in self.ids}
 
     def encode(self, text, continued):
@@ -415,7 +430,7 @@ class Words:
         return [self.ids[token] for token in tokens]
 
     def decode(self, ids):
-        text = re.sub(r" ?(<<|>>|[-+%=:]) ?", r"\1", " ".join(self.words[i] for i in ids))
+        text = re.sub(r" ?(<<|>>|[-+%=:]) ?", r"\1", " ".join(self.vocabulary[i] for i in ids))
         return text.replace(">><<", ">> <<")
 
     def export(self):
@@ -439,21 +454,20 @@ class Tiktoken:
             raise ValueError(f"the ids of the {self.size} tokens are not 0 to {self.size - 1}")
         if not all(bytes([byte]) in ranks for byte in range(256)):
             raise ValueError("the vocabulary lacks one of the 256 bytes")
-        self.ordinary = words
-        longest_first = sorted(filter(None, words), key=len, reverse=True)
-        self.words = re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
+        self.words, longest_first = words, sorted(filter(None, words), key=len, reverse=True)
+        self.cut = re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
         self.encoding = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens=added)
         self.decode = self.encoding.decode
 
     def encode(self, text, continued):
         ids = []
-        for i, part in enumerate(self.words.split(text) if self.words else [text]):
+        for i, part in enumerate(self.cut.split(text) if self.cut else [text]):
             part = part if i % 2 else unicodedata.normalize("NFC", part) if self.nfc else part
             ids += [self.added[part]] if i % 2 else self.encoding.encode_ordinary(part)
         return ids
 
     def export(self):
-        """As in the files of Llama 3, whatever ours was, every way to split a token in two is a merge: that is what tiktoken does."""
+        """Every split of a token into two tokens is listed as a merge, as in Llama 3's file: that is how tiktoken merges."""
         spelling = {byte: character for character, byte in _spelling().items()}
         vocab = {"".join(map(spelling.get, token)): i for token, i in sorted(self.ranks.items(), key=lambda item: item[1])}
         by_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": self.pattern == GPT2_PATTERN}
@@ -467,6 +481,8 @@ class Tiktoken:
 
 class SentencePiece:
     """A SentencePiece model. It puts a space before a text, but not before one that is `continued`."""
+
+    words = ()  # see Tiktoken
 
     def __init__(self, proto):
         if not proto:
@@ -568,20 +584,19 @@ class Tokenizer:
                 known.append([])
         return "\ufffd".join(self.backend.decode(part) for part in known)
 
-    def export(self, silent):
+    def export(self, with_st):
         """This tokenizer as Hugging Face's libraries read one: ({file name: text}, id of <st>). A text that does not begin with a blank
         gets the ids of bos=True there; what stands behind a special token in it is encoded as `continued`.
 
-        silent: <st> is a special token, the first reserved one by another name, else one behind all others. Raises ValueError for a
+        with_st: <st> is a special token, the first reserved one by another name, else one behind all others. Raises ValueError for a
         SentencePiece model of which these files cannot say the same.
         """
         names = {i: name for name, i in self.backend.added.items()}
         st_id = self.reserved[0] if self.reserved else self.size
-        if silent:
+        if with_st:
             names[st_id] = "<st>"
-        words = getattr(self.backend, "ordinary", ())
         flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        added = [{"id": i, "content": name, **flags, "special": name not in words} for i, name in sorted(names.items())]
+        added = [{"id": i, "content": name, **flags, "special": name not in self.backend.words} for i, name in sorted(names.items())]
         bos, eos = names.get(self.bos_id), names[self.eos_id]
         first = [{"SpecialToken": {"id": bos, "type_id": 0}}] * (bos is not None)
         template = {"type": "TemplateProcessing", "single": [*first, {"Sequence": {"id": "A", "type_id": 0}}],
@@ -589,7 +604,7 @@ class Tokenizer:
                     "special_tokens": {bos: {"id": bos, "ids": [self.bos_id], "tokens": [bos]}} if first else {}}  # fmt: skip
         whole = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "post_processor": template}
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos, "pad_token": eos,
-                  "additional_special_tokens": ["<st>"] * silent, "clean_up_tokenization_spaces": False}  # fmt: skip
+                  "additional_special_tokens": ["<st>"] * with_st, "clean_up_tokenization_spaces": False}  # fmt: skip
         texts = json.dumps(whole | self.backend.export(), ensure_ascii=False), json.dumps(config, indent=1) + "\n"
         return dict(zip(("tokenizer.json", "tokenizer_config.json"), texts, strict=True)), st_id
 
@@ -760,7 +775,7 @@ def _splits(tokens):
 
 
 def _last_merge(token, vocab):
-    """What tiktoken has of a token's characters when only tokens of lower ids are merged."""
+    """The pieces that tiktoken has just before it forms this token: merges into tokens of lower ids only."""
     parts = tuple(token)
     while True:
         unions = [(vocab.get(a + b, vocab[token]), i) for i, (a, b) in enumerate(itertools.pairwise(parts))]

@@ -761,13 +761,13 @@ def export(argv=None):
         if pathway is None or pathway.thoughts:
             raise ValueError(f"--pathway {name}: " + ("continuous thoughts are no tokens: no plain model has them" if pathway else
                                                       f"{run.method} has {' and '.join(method.pathways)}"))  # fmt: skip
-        tokenizer, silent = method.tokenizer, pathway.n_fill > 0
-        files, st_id = tokenizer.export(silent)
+        tokenizer, with_st = method.tokenizer, pathway.n_fill > 0
+        files, st_id = tokenizer.export(with_st)
         tokens = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id}
         temporary.mkdir(parents=True)
         try:
             model = method.model.merge(silent=pathway.silent)
-            export_hf(model, temporary, st_id if silent and model.extra_rows is not None else None, tokens)
+            export_hf(model, temporary, st_id if with_st and model.extra_rows is not None else None, tokens)
             for file, text in (files | {"README.md": card(method, name, run.max_new_tokens)}).items():
                 (temporary / file).write_text(text, encoding="utf-8")
             for path in temporary.iterdir():

@@ -608,11 +608,13 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def step_of(line):
-    """The step of a line of log.jsonl; -1 for what is no such line, as the last of an interrupted run may be."""
+def kept_of(line, step):
+    """Is a line of log.jsonl of a step up to this one, and not this one's validation? False for what is no such line, as the last of an
+    interrupted run may be."""
     with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
-        return int(json.loads(line)["step"])
-    return -1
+        record = json.loads(line)
+        return 0 <= int(record["step"]) <= step and not (record["step"] == step and "valid" in record)
+    return False
 
 
 class Log:
@@ -624,8 +626,7 @@ class Log:
         self.path, self.rank, self.label, self.live = path, rank, label and f"{label}: ", sys.stdout.isatty() and not label
         if rank == 0:
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if step and path.is_file() else []
-            lines = (line for line in lines if 0 <= step_of(line) <= step)
-            write_atomically(path, "".join(f"{line}\n" for line in lines if step_of(line) < step or "valid" not in json.loads(line)))
+            write_atomically(path, "".join(f"{line}\n" for line in lines if kept_of(line, step)))
 
     def write(self, record, text, done=False):
         """A line for the file, and one for the screen, which the next one replaces unless it is `done`."""

@@ -639,8 +639,8 @@ def train_sentencepiece(**more):
     return model.getvalue()
 
 
-def export(tokenizer, directory, silent=True):
-    files, st_id = tokenizer.export(silent)
+def export(tokenizer, directory, with_st=True):
+    files, st_id = tokenizer.export(with_st)
     for name, text in files.items():
         (directory / name).write_text(text, encoding="utf-8")
     return st_id
@@ -659,7 +659,7 @@ def test_an_exported_tokenizer_is_read_back(tmp_path, request, kind):
     assert again.size == ours.size + (st_id == ours.size)
     for text in (*TEXTS, *json.loads((FIXTURES / "tokenizer-gpt2" / "expected.json").read_text())["texts"]):
         assert again.encode(text, bos=True, eos=True) == ours.encode(text, bos=True, eos=True)
-    assert export(ours, out, silent=False) == st_id and Tokenizer.from_pretrained(out).size == ours.size
+    assert export(ours, out, with_st=False) == st_id and Tokenizer.from_pretrained(out).size == ours.size
 
 
 @pytest.mark.parametrize("kind", ["words", "sentencepiece"])

@@ -602,7 +602,7 @@ def test_a_long_line_is_read_in_one_go(place, line):
 
 def test_steps_are_cut_out():
     assert data._cut_steps("<<1>> x<<2>>>") == (["<<1>>", "<<2>>"], " x>")
-    assert data._cut_steps("<<>>1>> <<a <<b\n<<3>>") == (["<<>>1>>", "<<3>>"], " \n<<a <<b")
+    assert data._cut_steps("<<>>1>> <<a <<b\n<<3>>") == (["<<>>1>>", "<<3>>"], " <<a <<b\n")
     assert data._cut_steps("<<>>") == ([], "<<>>")
 
 
