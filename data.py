@@ -541,6 +541,8 @@ class Tokenizer:
         for names, read in READERS:
             if all((directory / name).is_file() for name in names):
                 paths = [directory / name for name in (*names, "tokenizer_config.json", "added_tokens.json")]
+                if large := [path for path in paths if path.is_file() and path.stat().st_size > LARGEST]:
+                    raise ValueError(f"{large[0]}: more than {LARGEST} bytes are no tokenizer's")
                 files = {path.name: path.read_bytes() for path in paths if path.is_file()}
                 try:
                     return read(files)
@@ -557,8 +559,9 @@ class Tokenizer:
 
     def save(self, directory):
         for path, content in ((Path(directory) / name, content) for name, content in self.files.items()):
-            if not path.is_file() or path.read_bytes() != content:
-                path.write_bytes(content)
+            if not path.is_file() or path.is_symlink() or path.read_bytes() != content:
+                with replacing(path) as temporary:
+                    temporary.write_bytes(content)
 
     def encode(self, text, *, bos, eos, continued=False):
         """list of ids. bos and eos have no default, so that neither is forgotten nor doubled; a tokenizer without a BOS
@@ -896,7 +899,7 @@ def picture(row, tokenizer, width=100):
     return "\n".join([*lines, top.rstrip(), bottom.rstrip()])
 
 
-# ---------------------------------------------------------------------------------------- downloads, statistics: program
+# ------------------------------------------------------------------------------------------- downloads, statistics
 
 
 def fetch(name, data_dir, timeout=30.0, attempts=5):
@@ -1030,6 +1033,60 @@ def show_stats(name, data_dir, tokenizer):
         print(f"not there: {error}")
 
 
+# ------------------------------------------------------------------------------- files and errors, for all programs
+
+
+LARGEST = 2**26  # bytes of a JSON file that is read as a whole
+
+
+def read_json(path):
+    """ValueError, or OSError, with the path."""
+    try:
+        if not Path(path).is_file():  # a pipe would be waited for
+            raise FileNotFoundError(f"{path}: no such file")
+        if Path(path).stat().st_size > LARGEST:
+            raise ValueError(f"more than {LARGEST} bytes")
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A name beside `path`, for a file to be written there; it takes the place of `path` when it is on the disk. Readers see the old file
+    or the whole new one, and where anything fails nothing is left of the new one."""
+    temporary = Path(f"{path}.tmp")
+    temporary.unlink(missing_ok=True)  # it may be a link to elsewhere
+    try:
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    with contextlib.suppress(OSError):  # there are file systems that cannot do this to a directory
+        sync(Path(path).parent)
+
+
+def sync(path):
+    """Brings a file, or the names in a directory, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomically(path, text):
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path, value):
+    write_atomically(path, json.dumps(value, indent=1) + "\n")
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise ValueError(f"{message} (--help lists the options)")
@@ -1060,6 +1117,9 @@ def run_program(main):
         main()
     except KeyboardInterrupt:
         end("interrupted", 130)
+
+
+# --------------------------------------------------------------------------------------------------------- program
 
 
 def main(argv=None):

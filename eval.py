@@ -8,7 +8,7 @@
                                                                how often that is an intermediate result of the problems' CoT
     python eval.py --ckpt DIR DIR --plot FILE                  the losses of several runs; with --lens "question" its picture, too
 
-The first half (options from dataclasses, one-line errors, reading a run, Wilson's interval, tables) serves train.py, too.
+The first half (options from dataclasses, reading a run, Wilson's interval, tables) serves train.py, too.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import hashlib
 import itertools
 import json
 import math
@@ -30,11 +31,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 import dart
 from dart import option
-from data import (DATASETS, Parser, Problem, Tokenizer, complain, load, normalise, one_line_errors, printable,
-                  run_program)  # fmt: skip
+from data import (DATASETS, Parser, Problem, Tokenizer, complain, load, normalise, one_line_errors, printable, read_json, replacing,
+                  run_program, sync, write_atomically, write_json)  # fmt: skip
 from model import ModelConfig, Transformer, export_hf, tensors_of
 
 # ------------------------------------------------------------------------------- options and errors, for train.py, too
@@ -72,51 +75,10 @@ def check_options(options):
         if limits.get("choices") and value not in limits["choices"]:
             raise ValueError(f"--{field.name} {value!r}: there are {', '.join(limits['choices'])}")
         low, high = limits.get("low", 0), limits.get("high", math.inf)
-        if field.type in (int, float) and not (low <= value <= high and value < math.inf):
+        if field.type in (int, float) and not (low <= value <= high and value < (2**63 if field.type is int else math.inf)):
             most = f" and at most {high}" if high < math.inf else ""
             raise ValueError(f"--{field.name} {value}: not a number of at least {low}{most}")
     return options
-
-
-def read_json(path):
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
-
-
-@contextlib.contextmanager
-def replacing(path):
-    """A name beside `path`, for a file to be written there; it takes the place of `path` when it is on the disk. Readers see the old file
-    or the whole new one, and where anything fails nothing is left of the new one."""
-    temporary = Path(f"{path}.tmp")
-    try:
-        yield temporary
-        _sync(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
-    with contextlib.suppress(OSError):  # there are file systems that cannot do this to a directory
-        _sync(Path(path).parent)
-
-
-def _sync(path):
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_atomically(path, text):
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def write_json(path, value):
-    write_atomically(path, json.dumps(value, indent=1) + "\n")
 
 
 # -------------------------------------------------------------------------------------------------------- statistics
@@ -173,6 +135,29 @@ def read_run(directory):
         raise ValueError(f"{path}: not the configuration of a run ({error})") from None
 
 
+def digest(parts):
+    """The sha256 of some bytes, one part after the other."""
+    sha = hashlib.sha256()
+    for part in parts:
+        sha.update(part)
+    return sha.hexdigest()
+
+
+def tensors_digest(tensors):
+    """The sha256 of {name: tensor}."""
+    return digest(part for name in sorted(tensors) for part in (
+        f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode(),
+        tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))  # fmt: skip
+
+
+def check_digest(path):
+    """ValueError for a file of `train.save_tensors` that is not what was written."""
+    with safe_open(path, framework="pt") as file, contextlib.suppress(ValueError, TypeError, AttributeError, RecursionError):
+        if json.loads(file.metadata()["about"]).get("sha256") == tensors_digest(load_file(path)):
+            return
+    raise ValueError(f"{path}: damaged: its checksum is not that of its tensors")
+
+
 def load_run(directory, model_directory=None, device="cpu", dtype=None, best=False):
     """(method, RunOptions) of a directory that train.py wrote, ready for evaluation.
 
@@ -191,6 +176,7 @@ def load_run(directory, model_directory=None, device="cpu", dtype=None, best=Fal
     adapters = cls.adapters(tokenizer, options)
     outline = Transformer.outline(config, adapters, len(tensors_of(stored)))
     outline.load_adapter_state(stored, options.complete)  # compares, before memory is taken
+    check_digest(stored)
     if options.complete:
         model = Transformer(config, adapters, torch.float32, device, compute_dtype=dtype, random_init=False)
     else:
@@ -772,7 +758,7 @@ def export(argv=None):
                 (temporary / file).write_text(text, encoding="utf-8")
             for path in temporary.iterdir():
                 path.chmod((temporary / "config.json").stat().st_mode)  # safetensors' files are for their owner alone
-                _sync(path)
+                sync(path)
             os.replace(temporary, out)
         except BaseException:
             shutil.rmtree(temporary)

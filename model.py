@@ -65,6 +65,8 @@ class ModelConfig:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; a model directory holds config.json and its weights")
         try:
+            if path.stat().st_size > 2**26:
+                raise ValueError("too large")
             raw = json.loads(path.read_text(encoding="utf-8"))
             return (_read_gpt2 if raw.get("model_type") == "gpt2" else _read_llama)(raw)
         except KeyError as error:
@@ -762,6 +764,8 @@ def _weight_files(directory):
     if not index.is_file():
         raise FileNotFoundError(f"{path}: no such file, nor {index.name} (weights in other formats are not read)")
     try:
+        if index.stat().st_size > 2**26:
+            raise ValueError("too large")
         listed = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
         paths = {shard: index.with_name(shard) for shard in sorted(set(listed.values()))}
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:

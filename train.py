@@ -13,8 +13,8 @@ stopped it, after saving.
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
-import hashlib
 import json
 import math
 import multiprocessing
@@ -46,13 +46,17 @@ from torch.nn.parallel import DistributedDataParallel
 import dart
 import data
 from dart import option
-from data import Parser, end, one_line_errors, run_program
-from eval import (DTYPES, RunOptions, check_room, check_vocabulary, compare_runs, evaluate_pathway, load_run, parse_options,
-                  pick_device, read_json, read_run, replacing, suite_table, write_atomically, write_json)  # fmt: skip
+from data import (Parser, end, one_line_errors, read_json, replacing, run_program, sync, write_atomically,
+                  write_json)  # fmt: skip
+from eval import (DTYPES, RunOptions, check_room, check_vocabulary, compare_runs, digest, evaluate_pathway, load_run, parse_options,
+                  pick_device, read_run, suite_table, tensors_digest)  # fmt: skip
 from eval import Options as EvalOptions
 from model import MODELS, ModelConfig, Transformer
 
 # ----------------------------------------------------------------------------------------------------------- options
+
+
+MOST_STEPS = 99_999_999  # the names of checkpoints have eight digits
 
 
 @dataclass
@@ -70,8 +74,8 @@ class Options(RunOptions):
     seeds: int = option(1, "seeds for each row of the suite, counted up from --seed", low=1, high=1000)
     jobs: int = option(1, "runs of a comparison or a suite trained side by side on a CPU; 0: one a core")
     test_data: tuple = option((), "data sets that the rows of the suite are compared on; none: --data")
-    epochs: int = option(10, "passes over the training data", low=1)
-    steps: int = option(0, "optimizer steps; 0: as many as --epochs take")
+    epochs: int = option(10, "passes over the training data", low=1, high=10**6)
+    steps: int = option(0, "optimizer steps; 0: as many as --epochs take", high=MOST_STEPS)
     batch_size: int = option(128, "problems in an optimizer step, over all processes", low=1)
     micro_batch_size: int = option(0, "problems in a forward pass of a process; 0: all of its share")
     activation_checkpointing: bool = option(False, "keep only the input of each layer for the backward pass, and compute the rest "
@@ -187,9 +191,9 @@ def start_processes(options):
     device, rank, world = pick_device(options.device), 0, 1
     if "RANK" in os.environ:
         if device == "cuda":
-            local = int(os.environ["LOCAL_RANK"])
-            if local >= torch.cuda.device_count():
-                raise ValueError(f"a process for GPU {local}, but there are {torch.cuda.device_count()} on this machine")
+            local = int(os.environ.get("LOCAL_RANK", 0))
+            if local >= torch.cuda.device_count():  # which other processes of this machine do not meet
+                end(f"a process for GPU {local}, but there are {torch.cuda.device_count()} on this machine", 2)
             device = f"cuda:{local}"
             torch.cuda.set_device(device)
             dist.init_process_group("nccl", device_id=torch.device(device), **meeting_point())
@@ -206,19 +210,21 @@ def meeting_point():
     the prefix."""
     store, rank, world = next(rendezvous("env://", timeout=PATIENCE))
     if os.environ.get("GROUP_WORLD_SIZE") == "1":  # the torchruns of several machines count their restarts each by itself
-        store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     return dict(store=store, rank=rank, world_size=world, timeout=PATIENCE)
 
 
+LOCK = ".lock"
 CHECKPOINTS = ("checkpoint-????????.safetensors", "checkpoint-????????.json")
 # The files of a run beside config.json, which says what they are.
 RUN_FILES = ("adapter.safetensors", "best.safetensors", "log.jsonl", "result.json", "test.json", "table.md", "words.json",
              "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "added_tokens.json", "vocab.json", "merges.txt",
              *CHECKPOINTS)  # fmt: skip
 TRAIN_SAMPLE = 500  # so many training problems are answered for the table of a comparison
-# Options that may differ between a run and its resumption: they change no loss, but for rounding.
+# Options that may differ between a run and its resumption: they change no loss, but for rounding (and micro_batch_size LoRA's dropout).
 FREE_TO_CHANGE = ("out", "resume", "overwrite", "compare", "device", "data_dir", "suite", "seeds", "jobs", "test_data",
                   "activation_checkpointing", "micro_batch_size", "save_every", "save_minutes", "keep_checkpoints", "skip_nonfinite")
+ELSEWHERE = ("preset", "model", "tokenizer", "data")  # may be elsewhere: what is in them must be the same
 
 
 def check_out(options):
@@ -228,7 +234,7 @@ def check_out(options):
     if out.exists():
         if not out.is_dir():
             raise ValueError(f"--out {out}: is not a directory")
-        inside = {path.name for path in out.iterdir()} - {*options.compare, "config.json.tmp"}
+        inside = {path.name for path in out.iterdir()} - {*options.compare, "config.json.tmp", LOCK}
     if not inside:
         return
     try:
@@ -245,30 +251,42 @@ def check_out(options):
         raise ValueError(f"--resume: the run in {out} was started with {listed}")
 
 
-def continue_after_restart(options):
-    """Where torchrun has started its processes anew, the run that they had begun is continued, whatever the command says."""
-    config = Path(options.out) / "config.json"
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and config.is_file():
-        if read_json(config).get("started_by") == started_by():
-            options.resume, options.overwrite = True, False
+def continue_after_restart(options, rank, device):
+    """Where torchrun has started its processes anew, the run that they had begun is continued, whatever the command says. Rank 0 knows it."""
+    begun = False
+    if rank == 0 and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        with contextlib.suppress(ValueError, AttributeError, OSError):  # `check_out` will name what is wrong
+            begun = read_json(Path(options.out) / "config.json").get("started_by") == started_by()
+    if dart.all_reduce(torch.tensor(int(begun), device=device), dist.ReduceOp.MAX):
+        options.resume, options.overwrite = True, False
 
 
 def started_by():
-    """What a torchrun's processes have in common, on one machine."""
-    return f"{socket.gethostname()}, process {os.getppid()}"
+    """What a torchrun's processes have in common, on one machine: when its own was started, too, for numbers of processes come again."""
+    began = ""
+    with contextlib.suppress(OSError):
+        began = Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[19]
+    return f"{socket.gethostname()}, process {os.getppid()} {began} {os.environ.get('TORCHELASTIC_RUN_ID', '')}".strip()
 
 
 def lock(out):
     """Creates the directory if needed, and locks it until the returned handle is closed. ValueError if another process holds it."""
-    Path(out).mkdir(parents=True, exist_ok=True)
-    handle = os.open(out, os.O_RDONLY)
+    out = Path(out)
+    new = [path for path in (out, *out.parents) if not path.exists()]
+    out.mkdir(parents=True, exist_ok=True)
+    for path in new:
+        with contextlib.suppress(OSError):
+            sync(path.parent)
+    handle = os.open(out / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)  # NFS locks only what may be written to
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except OSError as error:
+        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # a file system without locks
+            return handle
         os.close(handle)
+        if not isinstance(error, BlockingIOError):
+            raise
         raise ValueError(f"--out {out}: another process is training in it") from None
-    except OSError:  # a file system without locks
-        pass
     return handle
 
 
@@ -279,10 +297,14 @@ def claim(run, world):
     check_out(options)
     if options.resume and max(saved_steps(out), default=0) != run.progress.step:
         raise ValueError(f"--out {out}: another process has trained in it meanwhile")
-    if not options.resume or not (out / "config.json").is_file():
-        for path in files_of(out, RUN_FILES):
-            path.unlink()
-        write_json(out / "config.json", describe(run, world))
+    config, about = out / "config.json", describe(run, world)
+    if not options.resume or not config.is_file():
+        with replacing(config) as temporary:  # it is on the disk before anything is given up for it
+            temporary.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+            for path in files_of(out, RUN_FILES):
+                path.unlink()
+    elif (before := read_json(config).get("versions")) != about["versions"]:
+        print(f"{out} was begun with {before}, this is {about['versions']}: rounding may differ", flush=True)
     run.method.tokenizer.save(out)
 
 
@@ -320,34 +342,32 @@ class Progress:
     flops: dict = field(default_factory=dict)  # pathway -> floating-point operations
 
 
-def save_tensors(tensors, path, step):
-    """A safetensors file that is there as a whole or not at all. OSError where it cannot be written."""
+def save_tensors(tensors, path, step, **about):
+    """A safetensors file, with the step and other facts in its header, that is there as a whole or not at all. OSError where it cannot be
+    written."""
     tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
         try:
-            save_file(tensors, temporary, {"step": str(step)})
+            save_file(tensors, temporary, {"about": json.dumps({"step": step, **about})})  # one entry: their order is not fixed
         except SafetensorError as error:
             raise OSError(f"{path}: {error}") from None
 
 
-def identity(method, problems, options):
+def identity(method, problems, valid, options):
     """What a checkpoint is of, {field: value}: it is taken up by no other run."""
     files = [] if options.random_init else sorted(Path(options.model).glob("*.safetensors"))
+    same = {name: value for name, value in dataclasses.asdict(options).items() if name not in (*FREE_TO_CHANGE, *ELSEWHERE)}
     digests = {"base weights": digest(block for path in files for block in blocks(path)),
                "tokenizer": digest(f"{name} {content}".encode() for name, content in method.tokenizer.files.items()),
-               "data": digest(repr(problem).encode() for problem in problems)}  # fmt: skip
+               "data": digest(repr(problem).encode() for problem in problems),
+               "validation data": digest(repr(problem).encode() for problem in valid)}  # fmt: skip
     config, adapters = map(dataclasses.asdict, (method.model.config, method.model.adapters))
-    return json.loads(json.dumps({"method": options.method, **config, **adapters, **digests}))
-
-
-def digest(parts):
-    sha = hashlib.sha256()
-    for part in parts:
-        sha.update(part)
-    return sha.hexdigest()
+    return json.loads(json.dumps({**same, **config, **adapters, **digests}))
 
 
 def blocks(path):
+    if not path.is_file():  # a pipe would be waited for
+        raise FileNotFoundError(f"{path}: no such file")
     with open(path, "rb") as file:
         yield from iter(partial(file.read, 2**20), b"")
 
@@ -358,7 +378,7 @@ def checkpoint_path(out, step):
 
 def saved_steps(out):
     """The steps of the checkpoints in a directory: those whose .json is there."""
-    names = (re.fullmatch(r"checkpoint-(\d{8})\.json", path.name) for path in Path(out).glob("checkpoint-*"))
+    names = (re.fullmatch(r"checkpoint-(\d{8})\.json", path.name) for path in Path(out).glob("checkpoint-*") if path.is_file())
     return sorted(int(name[1]) for name in names if name)
 
 
@@ -367,7 +387,7 @@ def save_checkpoint(run):
     run it is of, and the checksum of both. Older ones go. OSError where it cannot be written: then the others are still there."""
     out, progress, state = Path(run.options.out), run.progress, run.optimizer.state
     tensors = dict(run.method.model.adapter_state(run.options.complete))
-    save_tensors(tensors, out / "adapter.safetensors", progress.step)
+    save_tensors(tensors, out / "adapter.safetensors", progress.step, sha256=tensors_digest(tensors))
     for name, parameter in run.method.model.named_parameters():
         if parameter in state:
             tensors |= {f"{moment}.{name}": state[parameter][moment] for moment in ("exp_avg", "exp_avg_sq")}
@@ -474,12 +494,15 @@ def asked_to_stop():
 
 
 @contextlib.contextmanager
-def heed_signals(also=lambda number: None):
-    """Within, SIGTERM and SIGINT are only noted, for the step to be finished and saved; a second SIGINT ends at once. also: is called
-    with the number of each."""
+def heed_signals(also=None):
+    """Within, SIGTERM and SIGINT are only noted, for the step to be finished and saved; a second SIGINT ends at once, also where Python
+    waits for something else. also: is called with the number of each."""
 
     def note(number, _):
-        also(number)
+        if also is not None:
+            also(number)
+        elif number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
         if number == signal.SIGINT and number in RECEIVED:
             raise KeyboardInterrupt
         RECEIVED.append(number)
@@ -492,13 +515,18 @@ def heed_signals(also=lambda number: None):
             signal.signal(number, handler)
 
 
+NO_MEMORY = "DefaultCPUAllocator|out of memory|ALLOC_FAILED|Cannot allocate memory"
+
+
 def explain(error, rank, world):
     """A fault of the machine as a Halt; any other error itself."""
-    if isinstance(error, OSError):
-        return Halt(f"{error}; --resume goes on from the last checkpoint", own=True)
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error):
+    if isinstance(error, Halt):
+        return error
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or re.search(NO_MEMORY, str(error)):
         return Halt("out of memory: a smaller --micro_batch_size or --activation_checkpointing need less, also with --resume, which goes "
                     "on from the last checkpoint", own=True)  # fmt: skip
+    if isinstance(error, OSError):
+        return Halt(f"{error}; --resume goes on from the last checkpoint", own=True)
     if world > 1 and (isinstance(error, dist.DistError) or re.search("gloo|nccl|connection|timed out", str(error), re.IGNORECASE)):
         return Halt(f"process {rank} has lost the others of this run: one has ended, or did not answer in time ({error}); --resume, or "
                     f"torchrun with --max-restarts, goes on from the last checkpoint", own=True)  # fmt: skip
@@ -565,9 +593,12 @@ def train_step(wrapped, method, micro_batches, share):
 
     wrapped: the method, or DDP around it, which averages the gradients over the processes in the last pass."""
 
-    def run_pass(*arguments, sync):
+    seeds = {id(batch): micro.seed for micro in micro_batches for batch in micro.batches.values()}
+
+    def run_pass(name, batch, *more, sync):
+        torch.manual_seed(seeds[id(batch)])
         with contextlib.nullcontext() if sync or wrapped is method else wrapped.no_sync():
-            return wrapped(*arguments)
+            return wrapped(name, batch, *more)
 
     totals = {}
     for micro, losses in method.passes(run_pass, micro_batches):
@@ -611,7 +642,7 @@ def peak_memory(device):
 def kept_of(line, step):
     """Is a line of log.jsonl of a step up to this one, and not this one's validation? False for what is no such line, as the last of an
     interrupted run may be."""
-    with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+    with contextlib.suppress(ValueError, TypeError, KeyError, OverflowError, RecursionError):
         record = json.loads(line)
         return 0 <= int(record["step"]) <= step and not (record["step"] == step and "valid" in record)
     return False
@@ -624,19 +655,29 @@ class Log:
     def __init__(self, path, rank, step, label):
         """Keeps the lines up to `step`, except that step's validation, which is repeated."""
         self.path, self.rank, self.label, self.live = path, rank, label and f"{label}: ", sys.stdout.isatty() and not label
+        self.pending, self.size = b"", 0  # what could not be written yet, behind so many bytes
         if rank == 0:
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if step and path.is_file() else []
             write_atomically(path, "".join(f"{line}\n" for line in lines if kept_of(line, step)))
+            self.size = path.stat().st_size
 
     def write(self, record, text, done=False):
         """A line for the file, and one for the screen, which the next one replaces unless it is `done`."""
         if self.rank == 0:
+            self.pending += f"{json.dumps(record)}\n".encode()
             try:
-                with open(self.path, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(record) + "\n")
+                with open(self.path, "ab") as file:
+                    file.truncate(self.size)  # what a full disk took of a line
+                    file.write(self.pending)
+                self.size, self.pending = self.size + len(self.pending), b""
             except OSError as error:
                 self.show(f"not in the log: {error}")
             self.show(text, done)
+
+    def sync(self):
+        """Before a checkpoint: a resumed run does not make the lines before it again."""
+        with contextlib.suppress(OSError):
+            sync(self.path)
 
     def show(self, text, done=True):
         if self.rank == 0 and not self.live:
@@ -719,6 +760,8 @@ def prepare(options, device):
         raise ValueError(f"--batch_size {options.batch_size}: there are only {len(train)} problems to train on")
     method, per_epoch = build(options, device), len(train) // options.batch_size
     steps = options.steps or options.epochs * per_epoch
+    if steps > MOST_STEPS:
+        raise ValueError(f"--epochs {options.epochs}: {steps} steps, more than {MOST_STEPS}")
     stage, last = method.stage(0, per_epoch), method.stage(steps - 1, per_epoch)
     if last not in (None, dart.ALL):
         raise ValueError(f"--method {options.method}: after {steps} steps ({steps / per_epoch:.1f} epochs) a part of the CoT "
@@ -741,7 +784,7 @@ def prepare(options, device):
     check_room(method, asked, options.max_new_tokens)
     optimizer = make_optimizer(method.model, options)
     progress = Progress(flops=dict.fromkeys(method.pathways, 0.0))
-    run = Run(options, method, optimizer, train, rows, lengths, valid, steps, per_epoch, identity(method, train, options), progress)
+    run = Run(options, method, optimizer, train, rows, lengths, valid, steps, per_epoch, identity(method, train, valid, options), progress)
     if options.resume:
         load_checkpoint(run)
     return run
@@ -751,6 +794,7 @@ class Micro(NamedTuple):
     """A forward pass's share of a global batch."""
 
     batches: dict  # pathway -> Batch
+    seed: int  # of dropout
     rows: int
     tokens: int  # useful ones, of all pathways
     flops: dict  # pathway -> what it costs
@@ -770,33 +814,37 @@ def stage_of(run, step):
 
 
 def make_micro_batches(run, step, batch, rank, world, device):
-    """This process's rows of a global batch, cut into forward passes: list of Micro."""
-    method, stage, mine = run.method, stage_of(run, step), batch[rank::world]
-    draws = np.random.default_rng((run.options.seed, step, 1)).random(len(batch))[rank::world]
-    size, pad, micro_batches = run.options.micro_batch_size or len(mine), method.tokenizer.eos_id, []
-    for start in range(0, len(mine), size):
+    """This process's rows of a global batch, cut into forward passes: list of Micro. As far as these are the same rows on another number
+    of processes, so are their random numbers."""
+    method, stage, share = run.method, stage_of(run, step), len(batch) // world
+    draws = np.random.default_rng((run.options.seed, step, 1)).random(len(batch))
+    size, pad, micro_batches = run.options.micro_batch_size or share, method.tokenizer.eos_id, []
+    for start in range(rank * share, (rank + 1) * share, size):
+        chosen = slice(start, min(start + size, (rank + 1) * share))
         batches, tokens, flops = {}, 0, {}
         for name, rows in run.rows.items():
-            some = [rows[i] for i in mine[start : start + size]]
+            some = [rows[i] for i in batch[chosen]]
             if stage is not None:
-                pathways = (method.training_pathway(name, stage, draw) for draw in draws[start : start + size])
-                some = [pathway.row(run.problems[i], method.tokenizer)
-                        for pathway, i in zip(pathways, mine[start : start + size], strict=True)]  # fmt: skip
+                pathways = [method.training_pathway(name, stage, draw) for draw in draws[chosen]]
+                some = [pathway.row(run.problems[i], method.tokenizer) for pathway, i in zip(pathways, batch[chosen], strict=True)]
             lengths, learned = [len(row.ids) for row in some], sum(len(row.ids) - row.z for row in some)
             batches[name] = data.collate(some, pad).to(device)
             tokens += sum(lengths)
             flops[name] = method.model.training_flops(lengths, learned, method.pathways[name].silent)
-        micro_batches.append(Micro(batches, len(some), tokens, flops))
+        seed = int(np.random.SeedSequence((run.options.seed, step, start)).generate_state(1)[0])
+        micro_batches.append(Micro(batches, seed, len(some), tokens, flops))
     return micro_batches
 
 
 def train(run, rank, world, device, label=""):
     """The training loop. Leaves the run's files behind; returns what result.json says. Raises Halt where it ends before its last step."""
     options, method, optimizer, out, progress = run.options, run.method, run.optimizer, Path(run.options.out), run.progress
-    wrapped = DistributedDataParallel(method) if world > 1 else method
+    # else DDP orders its buckets anew after the first step, and a resumed run of three or more processes would add up in another order
+    wrapped = DistributedDataParallel(method, find_unused_parameters=True) if world > 1 else method
     parameters = [p for p in method.parameters() if p.requires_grad]
     log, meter, saved = Log(out / "log.jsonl", rank, progress.step, label), Meter(run, device), progress.step
     tried = time.monotonic()  # when a checkpoint was last written, or should have been
+    best = {}  # the best accuracy so far, where it could not be written yet: (step, its weights)
     eval_every = options.eval_every or run.per_epoch
 
     def evaluation():
@@ -806,16 +854,23 @@ def train(run, rank, world, device, label=""):
             accuracies = validate(method, run.valid, options, rank, world)
             text = "  ".join(f"{name} {100 * share:.1f} %" for name, share in accuracies.items())
             log.write({"step": progress.step, "valid": accuracies}, f"step {progress.step}  validation: {text}", done=True)
-            accuracy, state = accuracies[method.answers_through], method.model.adapter_state(options.complete)
-            if rank == 0 and accuracy > progress.best:
-                if save("best.safetensors", save_tensors, state, out / "best.safetensors", progress.step):
-                    progress.best = accuracy
+            accuracy = accuracies[method.answers_through]
+            if rank == 0 and accuracy > max([progress.best, *best]):
+                best.clear()
+                best[accuracy] = progress.step, {name: p.cpu().clone() for name, p in method.model.adapter_state(options.complete).items()}
+            save_best()
         return accuracies
 
-    def save(what, write, *arguments):
+    def save_best():
+        for accuracy, (step, state) in list(best.items()):
+            if save("best.safetensors", save_tensors, state, out / "best.safetensors", step, sha256=tensors_digest(state)):
+                progress.best = accuracy
+                best.clear()
+
+    def save(what, write, *arguments, **more):
         """Writes a file; where that fails, the training goes on until its last step. Returns whether it is there."""
         try:
-            write(*arguments)
+            write(*arguments, **more)
         except OSError as error:
             if progress.step == run.steps:
                 raise Halt(f"{what} could not be written ({error}); --resume goes on from step {saved}", own=True) from None
@@ -834,7 +889,6 @@ def train(run, rank, world, device, label=""):
             log.show("the first problem of the first batch: each token, and what it weighs in the loss")
             for name, some in run.rows.items():
                 log.show(f"{name}\n{data.picture(some[batch[0]], method.tokenizer)}")
-        torch.manual_seed(int(np.random.SeedSequence((options.seed, step, rank)).generate_state(1)[0]))  # for dropout
         losses = train_step(wrapped, method, micro_batches, len(batch) // world)
         norm = torch.nn.utils.clip_grad_norm_(parameters, options.grad_clip or math.inf)
         finite = bool(torch.stack([norm, *losses.values()]).isfinite().all())
@@ -859,8 +913,14 @@ def train(run, rank, world, device, label=""):
             losses = {name: dart.all_reduce(loss).item() / world for name, loss in losses.items()}
             log.write(*meter.record(losses, norm.item(), optimizer.param_groups[0]["lr"]))
         old = options.save_minutes and time.monotonic() - tried > 60 * options.save_minutes
-        if rank == 0 and (step % options.save_every == 0 or old or stop or last):
+        due = step % options.save_every == 0 or (run.valid and step % eval_every == 0)  # an evaluation may take long
+        if rank == 0 and (due or old or stop or last):
             with meter.pause():
+                if not all(p.isfinite().all() for p in parameters):
+                    raise Halt(f"step {step}: a weight is not finite after it; nothing of it was saved, --resume goes on from step {saved}",
+                               own=True)  # fmt: skip
+                save_best()
+                log.sync()
                 saved, tried = step if save("the checkpoint", save_checkpoint, run) else saved, time.monotonic()
         if stop:
             raise Halt(f"{signal.Signals(stop).name} after step {step}; --resume goes on from step {saved}", 128 + stop)
@@ -951,27 +1011,66 @@ def draw_figure2(tables, path):
 # ------------------------------------------------------------------------------------------------------------ program
 
 
-def train_one(options, rank, world, device, label=""):
-    """Prepares, claims the directory, trains. Returns what result.json says, of a finished run just that; or what keeps it from
-    beginning (ValueError, OSError) or from its end (Halt)."""
-    handle = None
+def attempt(function, *arguments, rank, world, device):
+    """What a function returns. Where it raises ValueError or OSError in any of the processes, all raise Halt, the first of those with its text."""
+    result = error = None
     try:
-        try:
-            finished = Path(options.out) / "result.json"
-            if options.resume and finished.is_file():
-                return read_json(finished)
-            if stop := asked_to_stop():
-                raise Halt(f"{signal.Signals(stop).name} before the start", 128 + stop)
-            run = prepare(options, device)
-            if world > 1:
-                dist.barrier()  # rank 0 changes the directory when all have read what they need of it
-            if rank == 0:
-                handle = lock(options.out)
-                claim(run, world)
-                print(f"\n{options.method}: {run.steps} steps of {options.batch_size} of the {len(run.lengths)} problems, "
-                      f"in {options.out}; {run.method.tokenizer}\n", end="", flush=True)  # fmt: skip
-        except (ValueError, OSError) as error:
-            return error
+        result = function(*arguments)
+    except (ValueError, OSError) as caught:
+        error = caught
+    failing = int(dart.all_reduce(torch.tensor(world if error is None else rank, device=device), dist.ReduceOp.MIN))
+    if failing < world:
+        raise Halt(str(error) if rank == failing else "", 2)
+    return result
+
+
+def check_same(run, device):
+    """ValueError unless all processes have prepared the same."""
+    seen = int(digest([json.dumps([run.identity, run.progress.step, run.steps]).encode()])[:15], 16)
+    high, low = dart.all_reduce(torch.tensor([seen, -seen], device=device), dist.ReduceOp.MAX).tolist()
+    if high != -low:
+        raise ValueError(f"--out {run.options.out}: the processes see different checkpoints, data or weights (this one is at step "
+                         f"{run.progress.step}): they need the same files")  # fmt: skip
+
+
+def begin(run, rank, world):
+    """Rank 0 takes the directory; returns the handle of its lock."""
+    if rank:
+        return None
+    handle = lock(run.options.out)
+    try:
+        claim(run, world)
+    except BaseException:
+        os.close(handle)
+        raise
+    print(f"\n{run.options.method}: {run.steps} steps of {run.options.batch_size} of the {len(run.lengths)} problems, "
+          f"in {run.options.out}; {run.method.tokenizer}\n", end="", flush=True)  # fmt: skip
+    return handle
+
+
+def result_of(out):
+    """What a finished run's result.json says; None where it is not finished. ValueError where that is damaged."""
+    path = Path(out) / "result.json"
+    if not path.is_file():
+        return None
+    result = read_json(path)
+    if not isinstance(result, dict) or not {"steps", "flops", "valid"} <= result.keys():
+        raise ValueError(f"{path}: not the result of a run; without it --resume evaluates the run again")
+    return result
+
+
+def train_one(options, rank, world, device, label=""):
+    """Prepares, claims the directory, trains. Returns what result.json says, of a finished run just that; or the Halt that kept it from its
+    end."""
+    handle, where = None, dict(rank=rank, world=world, device=device)
+    try:
+        if options.resume and (result := attempt(result_of, options.out, **where)):
+            return result
+        if stop := asked_to_stop():
+            raise Halt(f"{signal.Signals(stop).name} before the start", 128 + stop)
+        run = attempt(prepare, options, device, **where)
+        attempt(check_same, run, device, **where)
+        handle = attempt(begin, run, rank, world, **where)  # when all have read what they need of the directory
         with heed_signals():
             result = train(run, rank, world, device, label)
             if world > 1:
@@ -1012,44 +1111,63 @@ def train_side_by_side(runs, out, jobs):
             pool.shutdown(cancel_futures=True)
 
 
-def main(argv=None):
-    RECEIVED.clear()
-    with one_line_errors():
-        options = read_options(argv)
-        rank, world, device = start_processes(options)
-        suite = suite_runs(options, argv) if options.suite else {}
-        runs = [one for seeds in suite.values() for one in seeds] or [
-            dataclasses.replace(read_options(argv, name), out=str(Path(options.out) / name), compare=())
-            for name in options.compare
-            if name != options.method
-        ] + [options]
-        for name in options.test_data:
-            data.load(name, "test", options.seed, options.data_dir)  # before days of training
-        for one in runs:
-            continue_after_restart(one)
-            check_out(one)
-            if rank == 0 and Path(one.out).is_dir():
-                os.close(lock(one.out))  # ValueError where a run of a comparison goes on, before any other is touched
+def plan(options, argv, rank, device):
+    """(suite: row -> its runs; all runs, in their order), once all that can be known of them before the training is checked."""
+    suite = suite_runs(options, argv) if options.suite else {}
+    if suite and (Path(options.out) / "config.json").exists():
+        raise ValueError(f"--out {options.out}: holds a run; a suite is in a directory of its own")
+    beside = [dataclasses.replace(read_options(argv, name), out=str(Path(options.out) / name), compare=())
+              for name in options.compare if name != options.method]  # fmt: skip
+    runs = [one for seeds in suite.values() for one in seeds] or [*beside, options]
+    for name in options.test_data:
+        data.load(name, "test", options.seed, options.data_dir)
+    for one in runs:
+        continue_after_restart(one, rank, device)
+        check_out(one)
+        if rank == 0 and Path(one.out).is_dir():
+            os.close(lock(one.out))  # ValueError where a run of a comparison goes on, before any other is touched
+    return suite, runs
+
+
+def train_all(runs, options, rank, world, device):
+    """Trains them; returns the last one's result. Where one has no end, neither has the program."""
     jobs = min(len(runs), options.jobs or torch.get_num_threads()) if device == "cpu" and world == 1 else 1
     one_by_one = (train_one(one, rank, world, device) for one in runs)
     with heed_signals() if world > 1 else contextlib.nullcontext():  # torchrun signals to all when one is lost
         for result in train_side_by_side(runs, options.out, jobs) if jobs > 1 else one_by_one:
             if isinstance(result, Halt):
-                if world > 1 and not result.own:
-                    dist.barrier()  # rank 0 may still be saving
-                    dist.destroy_process_group()
-                end(result, result.code, show=rank == 0 or result.own)
-            if isinstance(result, Exception):
-                with one_line_errors():
-                    raise result
+                if not result.own:  # rank 0 may still be saving
+                    leave(world)
+                end(result, result.code, show=bool(str(result)) and (rank == 0 or result.own or result.code == 2))
+    leave(world)  # without it a process sometimes aborts at its end
+    if RECEIVED:
+        end(f"{signal.Signals(RECEIVED[0]).name} when all was trained", 128 + RECEIVED[0], show=rank == 0)
+    return result
+
+
+def main(argv=None):
+    RECEIVED.clear()
+    with contextlib.ExitStack() as held:
+        with one_line_errors():
+            options = read_options(argv)
+            rank, world, device = start_processes(options)
+            suite, runs = plan(options, argv, rank, device)
+            if suite and rank == 0:
+                held.callback(os.close, lock(options.out))
+        result = train_all(runs, options, rank, world, device)
+        with one_line_errors():
+            if rank == 0 and suite:
+                conclude_suite(options, suite, device)
+            elif rank == 0 and options.compare:
+                conclude(options, runs, result, device)
+
+
+def leave(world):
+    """The end of several processes: together, as far as the others are still there."""
     if world > 1:
-        dist.barrier()  # without it a process sometimes aborts at its end
-        dist.destroy_process_group()
-    with one_line_errors():
-        if rank == 0 and suite:
-            conclude_suite(options, suite, device)
-        elif rank == 0 and options.compare:
-            conclude(options, runs, result, device)
+        with contextlib.suppress(RuntimeError):
+            dist.barrier()
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -203,7 +203,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(tmp_path, trained, capsys,
 
 
 def test_a_failed_export_leaves_nothing_behind(tmp_path, trained, monkeypatch, capsys):
-    monkeypatch.setattr(evaluation, "_sync", lambda path: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(evaluation, "sync", lambda path: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(SystemExit) as stop:
         evaluation.export(["export", str(trained("dart")), str(tmp_path / "hf")])
     assert stop.value.code == 2 and "No space left" in capsys.readouterr().err and not list(tmp_path.iterdir())

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import eval as evaluation
 import train
 
 ROOT = Path(__file__).parent.parent
@@ -118,7 +119,7 @@ def test_killed_and_resumed_is_the_same_to_the_last_bit(tmp_path, whole, where, 
 
 def test_a_kill_while_the_directory_is_claimed_leaves_one_that_can_be_used(tmp_path, whole):
     done = python(script(tmp_path / "killed.py", at("os.replace", (1, False))), tmp_path / "run")
-    assert done.returncode == -signal.SIGKILL and [path.name for path in (tmp_path / "run").iterdir()] == ["config.json.tmp"]
+    assert done.returncode == -signal.SIGKILL and {path.name for path in (tmp_path / "run").iterdir()} == {".lock", "config.json.tmp"}
     assert run(tmp_path / "run") == 0
     same(tmp_path / "run", whole)
 
@@ -138,14 +139,10 @@ def test_a_signal_finishes_the_step_and_saves(tmp_path, whole, monkeypatch, caps
     assert curve(tmp_path / "run") == curve(whole)
 
 
-def test_a_second_sigint_ends_at_once(tmp_path, monkeypatch):
-    def twice(*_):
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(train, "learning_rate", twice)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "run")
+def test_a_second_sigint_ends_at_once(tmp_path):
+    twice = "os.kill(os.getpid(), 2); os.kill(os.getpid(), 2); raise SystemExit('went on')"
+    done = python(script(tmp_path / "twice.py", at("train.learning_rate", (1, False), twice)), tmp_path / "run")
+    assert done.returncode == -signal.SIGINT and "went on" not in done.stderr
     assert steps(tmp_path / "run") == []
 
 
@@ -195,12 +192,19 @@ def test_a_full_disk_loses_nothing(tmp_path, whole):
     assert done.returncode == 1 and done.stderr.startswith("error: the checkpoint could not be written"), done.stderr
     assert "--resume goes on from step 4" in done.stderr and done.stderr.count("\n") == 1
     assert "step 6: the checkpoint could not be written" in done.stdout and "--resume would from step 4" in done.stdout
-    assert steps(tmp_path / "run") == [2, 4] and not list((tmp_path / "run").glob("*.tmp"))
+    assert steps(tmp_path / "run") == [2, 3, 4] and not list((tmp_path / "run").glob("*.tmp"))
     assert run(tmp_path / "run", "--resume") == 0
     same(tmp_path / "run", whole)
 
 
-@pytest.mark.parametrize("fault", [lambda: torch.empty(2**50), lambda: np.empty(2**50)], ids=["torch", "numpy"])
+def raises(error):
+    raise error
+
+
+@pytest.mark.parametrize("fault", [
+    lambda: torch.empty(2**50), lambda: np.empty(2**50), lambda: raises(RuntimeError("CUDA error: out of memory")),
+    lambda: raises(RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling ...")), lambda: raises(OSError(12, "Cannot allocate memory"))],
+    ids=["torch", "numpy", "cuda", "cublas", "system"])  # fmt: skip
 def test_lack_of_memory_is_one_sentence_with_what_helps(tmp_path, whole, monkeypatch, capsys, fault):
     with monkeypatch.context() as patch:
         calls = iter(range(100))
@@ -360,6 +364,7 @@ def test_where_no_checkpoint_is_whole_that_is_said(tmp_path, whole, capsys):
 def test_a_checkpoint_of_another_run_is_refused_with_what_differs(tmp_path, whole, capsys):
     """Of another method, of the same with other adapters, with other data."""
     for name, more, fields in (("pause", ["--method", "pause"], ("method 'pause' (here 'dart')", "rem_rank 0 (here 32)")),
+                               ("rate", ["--lr", "1e-4"], ("lr 0.0001 (here 0.003)",)),
                                ("rank", ["--rem_rank", "8"], ("rem_rank 8 (here 32)",)), ("data", ["--seed", "5"], ("data '",))):  # fmt: skip
         assert run(tmp_path / name, "--steps", "2", "--eval_size", "0", *more) == 0
         shutil.copytree(whole, tmp_path / f"{name}2")
@@ -401,26 +406,30 @@ def test_a_file_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda a, b, real=os.replace: (seen.append((str(a), str(b))), real(a, b)))
     assert run(tmp_path / "run", "--steps", "1", "--eval_size", "0") == 0
     files = [part for part in seen if isinstance(part, tuple)]
-    assert {Path(name).name for _, name in files} == {"config.json", "log.jsonl", "adapter.safetensors", "result.json",
+    assert {Path(name).name for _, name in files} == {"config.json", "words.json", "log.jsonl", "adapter.safetensors", "result.json",
                                                       "checkpoint-00000001.safetensors", "checkpoint-00000001.json"}  # fmt: skip
-    assert seen == [part for a, b in files for part in (a, (a, b), str(tmp_path / "run"))]
+    new, log = str(tmp_path), str(tmp_path / "run" / "log.jsonl")  # and the directory's own name, and the log before what comes after it
+    assert [part for part in seen if part not in (new, log)] == [part for a, b in files for part in (a, (a, b), str(tmp_path / "run"))]
+    assert seen[0] == new and seen.index(log) < seen.index(files[-2]) and Path(files[-2][1]).name == "checkpoint-00000001.json"
 
 
 def test_checkpoints_by_time_the_last_ones_and_the_best(tmp_path, monkeypatch):
     clock = iter(range(0, 10**6, 30))
     monkeypatch.setattr(train.time, "monotonic", lambda: next(clock))  # each look is half a minute later
+    more = ["--save_every", "100", "--save_minutes", "1.2", "--keep_checkpoints", "50"]
+    assert run(tmp_path / "timed", *more, "--eval_size", "0") == 0 and steps(tmp_path / "timed") == [3, 6, 8]
     accuracies = iter((0.25, 0.5, 0.375, 0.5))
     monkeypatch.setattr(train, "validate", lambda *_: {"cot": 1.0, "st": next(accuracies)})
     out = tmp_path / "run"
-    assert run(out, "--save_every", "100", "--save_minutes", "1.2", "--keep_checkpoints", "50", "--eval_every", "2") == 0
-    assert steps(out) == [3, 6, 8]
+    assert run(out, *more, "--save_minutes", "0", "--eval_every", "2") == 0
+    assert steps(out) == [2, 4, 6, 8]  # before each evaluation
     best, content = load_file(out / "best.safetensors"), json.loads((out / "checkpoint-00000006.json").read_text())
     assert content["best"] == 0.5  # of step 4, whose weights those are
     assert not all(torch.equal(best[name], tensor) for name, tensor in load_file(out / "adapter.safetensors").items())
     from safetensors import safe_open
 
     with safe_open(out / "best.safetensors", "pt") as file:
-        assert file.metadata()["step"] == "4"
+        assert json.loads(file.metadata()["about"])["step"] == 4
 
 
 # -------------------------------------------------------------------------------------------------- several processes
@@ -486,3 +495,213 @@ train.save_file = lambda *arguments, real=train.save_file: (write(arguments[1]),
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
     close(curve(tmp_path / "two"), curve(tmp_path / "one"))
+
+
+# ------------------------------------------------------------------------------------------------- less usual faults
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch, capsys):
+    """An update may overflow though loss and gradient were finite."""
+    monkeypatch.setattr(train, "learning_rate", lambda options, step, steps: 1e39 if step == 4 else 1e-3)
+    assert run(tmp_path / "run", "--lora_rank", "0", "--save_every", "1", "--eval_size", "0") == 1
+    assert "step 5: a weight is not finite" in (message := capsys.readouterr().err) and "goes on from step 4" in message
+    assert steps(tmp_path / "run")[-1] == 4
+    assert all(t.isfinite().all() for path in (tmp_path / "run").glob("*.safetensors") for t in load_file(path).values())
+
+
+def test_a_lock_is_one_that_network_file_systems_have(tmp_path, monkeypatch):
+    """They lock only what is open for writing. Where there are no locks at all, a run goes on."""
+
+    def flock(handle, how, real=train.fcntl.flock):
+        if train.fcntl.fcntl(handle, train.fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(9, "Bad file descriptor")
+        return real(handle, how)
+
+    monkeypatch.setattr(train.fcntl, "flock", flock)
+    handle = train.lock(tmp_path / "new" / "run")
+    with pytest.raises(ValueError, match="another process"):
+        train.lock(tmp_path / "new" / "run")
+    os.close(handle)
+    monkeypatch.setattr(train.fcntl, "flock", lambda *_: raises(OSError(train.errno.ENOLCK, "No locks available")))
+    os.close(train.lock(tmp_path / "new" / "run"))
+
+
+def test_nothing_outside_is_written_through_a_link(tmp_path, whole):
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    names = ["config.json.tmp", "result.json.tmp", "log.jsonl.tmp", "log.jsonl", "words.json", "adapter.safetensors.tmp", "best.safetensors",
+             "checkpoint-00000008.json.tmp", "checkpoint-00000008.safetensors.tmp", "checkpoint-00000008.safetensors"]  # fmt: skip
+    shutil.copytree(whole, tmp_path / "run")
+    for name in ("result.json", "checkpoint-00000008.json"):
+        (tmp_path / "run" / name).unlink()
+    (tmp_path / "new").mkdir()
+    for directory, some in (("run", names), ("new", names[:1])):
+        for name in some:
+            (tmp_path / directory / name).unlink(missing_ok=True)
+            (tmp_path / directory / name).symlink_to(victim)
+        assert run(tmp_path / directory, *["--resume"] * (directory == "run")) == 0
+        assert victim.read_text() == "mine" and not (tmp_path / directory / "config.json").is_symlink()
+        assert curve(tmp_path / directory)[-1] == curve(whole)[-1]
+
+
+def test_a_line_of_the_log_that_did_not_fit_is_written_later(tmp_path, monkeypatch, capsys):
+    """Of which a full disk took a part."""
+
+    class Full:
+        def __init__(self, path, how):
+            self.file = open(path, how)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def truncate(self, size):
+            self.file.truncate(size)
+
+        def write(self, content):
+            self.file.write(content[:5])
+            self.file.flush()
+            raise OSError(28, "No space left on device")
+
+    log = train.Log(tmp_path / "log.jsonl", 0, 0, "run")
+    log.write({"step": 1}, "one")
+    with monkeypatch.context() as patch:
+        patch.setitem(vars(train), "open", Full)
+        log.write({"step": 2}, "two")
+        log.write({"step": 3}, "three")
+    assert capsys.readouterr().out.count("not in the log") == 2
+    log.write({"step": 4}, "four")
+    assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
+
+
+def test_the_best_weights_are_written_later_where_they_could_not_be(tmp_path, monkeypatch):
+    accuracies = iter((0.25, 0.875, 0.5, 0.5))
+    monkeypatch.setattr(train, "validate", lambda *_: {"cot": 1.0, "st": next(accuracies)})
+    refused = []
+
+    def save(tensors, path, step, real=train.save_tensors, **about):
+        if path.name == "best.safetensors" and step == 4 and not refused:
+            refused.append(step)
+            raise OSError(28, "No space left on device")
+        real(tensors, path, step, **about)
+
+    monkeypatch.setattr(train, "save_tensors", save)
+    assert run(tmp_path, "--eval_every", "2", "--keep_checkpoints", "9") == 0 and refused
+    best, then = load_file(tmp_path / "best.safetensors"), load_file(tmp_path / "checkpoint-00000004.safetensors")
+    assert all(torch.equal(tensor, then[name]) for name, tensor in best.items())
+    assert json.loads((tmp_path / "checkpoint-00000006.json").read_text())["best"] == 0.875
+
+
+def test_a_run_is_not_given_up_before_there_is_room_for_another(tmp_path, whole, monkeypatch, capsys):
+    shutil.copytree(whole, tmp_path / "run")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    monkeypatch.setattr(Path, "write_text", lambda *_, **__: raises(OSError(28, "No space left on device")))
+    assert run(tmp_path / "run", "--overwrite") == 2 and "No space left" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+
+
+def test_a_signal_in_the_last_validation_is_heeded(tmp_path, whole, monkeypatch, capsys):
+    def validate(*arguments, real=train.validate):
+        if (tmp_path / "run" / "checkpoint-00000008.json").is_file():
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments)
+
+    monkeypatch.setattr(train, "validate", validate)
+    assert run(tmp_path / "run") == 143 and "SIGTERM when all was trained" in capsys.readouterr().err
+    assert (tmp_path / "run" / "result.json").is_file() and curve(tmp_path / "run") == curve(whole)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="makes pipes")
+@pytest.mark.parametrize("end", ["safetensors", "json"])
+def test_a_pipe_in_the_place_of_a_checkpoint_is_not_waited_for(tmp_path, whole, capsys, end):
+    shutil.copytree(whole, tmp_path / "run")
+    for path in (tmp_path / "run" / "result.json", tmp_path / "run" / f"checkpoint-00000008.{end}"):
+        path.unlink()
+    os.mkfifo(tmp_path / "run" / f"checkpoint-00000008.{end}")
+    assert run(tmp_path / "run", "--resume") == (0 if end == "json" else 2)
+    assert end == "json" or "checkpoint-00000006.json is whole" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["adapter.safetensors", "best.safetensors"])
+def test_weights_with_a_flipped_bit_are_not_evaluated(tmp_path, whole, capsys, name):
+    shutil.copytree(whole, tmp_path / "run")
+    damage(tmp_path / "run" / name, (tmp_path / "run" / name).stat().st_size - 3)
+    with pytest.raises(SystemExit) as stop:
+        evaluation.main(["--ckpt", str(tmp_path / "run"), *["--best"] * (name[0] == "b")])
+    assert stop.value.code == 2 and f"{name}: damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "{}"])
+def test_a_result_that_is_none_is_named(tmp_path, whole, capsys, content):
+    shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "run" / "result.json").write_text(content)
+    assert run(tmp_path / "run", "--resume") == 2
+    assert "result.json: not the result of a run" in (message := capsys.readouterr().err) and message.count("\n") == 1
+
+
+def test_a_suite_is_not_put_into_a_run(tmp_path, whole, capsys):
+    shutil.copytree(whole, tmp_path / "run")
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--suite", "table3", "--device", "cpu", "--out", str(tmp_path / "run")])
+    assert stop.value.code == 2 and "a suite is in a directory of its own" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["config.json", "words.json"])
+def test_a_file_of_any_size_takes_no_memory(tmp_path, whole, capsys, name):
+    shutil.copytree(whole, tmp_path / "run")
+    os.truncate(tmp_path / "run" / name, 2**34)
+    with pytest.raises(SystemExit) as stop:
+        evaluation.main(["--ckpt", str(tmp_path / "run")])
+    assert stop.value.code == 2 and name in (message := capsys.readouterr().err) and "more than 67108864 bytes" in message
+
+
+def test_processes_that_see_different_things_do_not_begin(tmp_path, monkeypatch):
+    """What they add up would be of different steps."""
+    prepared = train.prepare(train.read_options([*RUN, "--out", str(tmp_path)]), "cpu")
+    sent = []
+    monkeypatch.setattr(train.dart, "all_reduce", lambda tensor, op=None: (sent.append(tensor), tensor)[1])
+    train.check_same(prepared, "cpu")
+    prepared.progress.step = 4
+    monkeypatch.setattr(train.dart, "all_reduce", lambda tensor, op=None: torch.maximum(tensor, sent[0]))
+    with pytest.raises(ValueError, match="different checkpoints, data or weights .this one is at step 4"):
+        train.check_same(prepared, "cpu")
+
+
+def test_what_one_process_meets_all_know(monkeypatch):
+    """The first one that cannot go on says why, and nobody waits for it."""
+    monkeypatch.setattr(train.dart, "all_reduce", lambda tensor, op: torch.tensor(1))
+    for rank, text in ((0, ""), (1, "no such file"), (2, "")):
+        with pytest.raises(train.Halt) as halt:
+            train.attempt(lambda rank=rank: raises(ValueError("no such file")) if rank else 3, rank=rank, world=3, device="cpu")
+        assert (str(halt.value), halt.value.code, halt.value.own) == (text, 2, False)
+
+
+def test_only_what_this_torchrun_began_is_continued(tmp_path, monkeypatch):
+    options = train.read_options([*RUN, "--out", str(tmp_path)])
+    for count, content, continued in (("1", {"started_by": train.started_by()}, True), ("0", {"started_by": train.started_by()}, False),
+                                      ("1", {"started_by": "another"}, False), ("1", [], False)):  # fmt: skip
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        options.resume = False
+        train.continue_after_restart(options, 0, "cpu")
+        assert options.resume == continued
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_each_problem_is_validated_once(monkeypatch, world):
+    """However many there are to each process; those that are right are added up."""
+    problems, right = [train.data.Problem(str(i), [], "") for i in range(9)], {"0", "3", "4", "8"}
+    options = train.read_options(RUN)
+    method, asked, sums = train.build(options, "cpu"), [], []
+    monkeypatch.setattr(train.dart, "evaluate", lambda model, tokenizer, pathway, some, limit:
+                        (asked.extend(some), [{"tolerant": p.question in right} for p in some])[1])  # fmt: skip
+    monkeypatch.setattr(train.dart, "all_reduce", lambda tensor: (sums.append(tensor.item()), tensor)[1])
+    for n in (1, 2, 5, 9):
+        asked.clear()
+        sums.clear()
+        for rank in range(world):
+            train.validate(method, problems[:n], options, rank, world)
+        assert sorted(asked) == sorted(2 * problems[:n])  # through both pathways
+        assert sum(sums) == 2 * sum(p.question in right for p in problems[:n])
