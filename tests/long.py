@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,17 +16,28 @@ from test_eval import compiled_answers
 from test_faults import ROOT, RUN, agent, at, close, curve, port, python, run, same, script, steps, wait_for, whole  # noqa: F401
 from test_model import compiled_layers
 
-STANDALONE = ["--standalone", "--nproc_per_node=2"]
+HALF = """
+original = train.save_file
+def half(tensors, path, about):
+    original(tensors, path, about)
+    if count({n}):
+        os.truncate(path, os.path.getsize(path) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+train.save_file = half
+"""
 
 
 def test_thirty_kills(tmp_path):
-    """At random calls of what a run does, before or after it, and at random times; each run is resumed until it is through, then
-    a new one is begun, until there were 30 kills."""
-    more = ["--steps", "30", "--save_every", "1", "--eval_every", "4"]
-    assert run(tmp_path / "whole", *more) == 0
+    """At random calls of what a run does, before or after it, with half a file written, and at random times; each run is resumed until it is
+    through, then a new one is begun, until there were 30 kills. By turns of DART, and of Coconut, whose optimizer starts anew on the way."""
+    methods = [[], ["--method", "coconut", "--epochs_per_stage", "0.08", "--thoughts_per_step", "1"]]
+    steps = ["--steps", "30", "--save_every", "1", "--eval_every", "4"]
+    for i, method in enumerate(methods):
+        assert run(tmp_path / f"whole{i}", *steps, *method) == 0
     draw, kills, runs = random.Random(0), 0, 0
     while kills < 30:
-        out, runs = tmp_path / f"run{runs}", runs + 1
+        out, whole, more = tmp_path / f"run{runs}", tmp_path / f"whole{runs % 2}", [*steps, *methods[runs % 2]]
+        runs += 1
         code = None
         while code != 0:
             if draw.random() < 0.3 and kills < 30:  # at any time: while torch is loaded, data are read, ...
@@ -39,12 +51,12 @@ def test_thirty_kills(tmp_path):
                 where = draw.choice(["train.save_file", "os.replace", "os.fsync", "train.train_step", "train.validate", "train.claim",
                                      "train.write_atomically", "train.load_checkpoint", "os.open"])  # fmt: skip
                 n, after = draw.randint(1, 24), draw.random() < 0.5
-                fault = at(where, (n, after)) if kills < 30 else ""
+                fault = "" if kills == 30 else HALF.format(n=n) if draw.random() < 0.2 else at(where, (n, after))
                 done = python(script(tmp_path / "killed.py", fault), out, *more, "--resume")
                 errors, code = done.stderr, done.returncode
             assert code in (0, -signal.SIGKILL), errors
             kills += code != 0
-        same(out, tmp_path / "whole")
+        same(out, whole)
     print(f"{kills} kills in {runs} runs")
 
 
@@ -65,10 +77,27 @@ def test_a_disk_that_is_really_full(tmp_path, whole):  # noqa: F811
         subprocess.run(["umount", str(disk)], check=True)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_two_processes_stopped_killed_and_continued_to_the_last_bit(tmp_path, dtype):
-    """A signal to torchrun; one process killed, without and with torchrun's restart; then one process alone goes on."""
-    plain, more = script(tmp_path / "plain.py", ""), ["--dtype", dtype]
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounts a directory read-only")
+def test_a_directory_that_can_only_be_read(tmp_path, whole, capsys):  # noqa: F811
+    shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()
+    subprocess.run(["mount", "--bind", str(tmp_path / "run"), str(tmp_path / "run")], check=True)
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", str(tmp_path / "run")], check=True)
+        assert run(tmp_path / "run", "--resume") == 2
+        assert "Read-only file system" in (message := capsys.readouterr().err) and message.count("\n") == 1
+    finally:
+        subprocess.run(["umount", str(tmp_path / "run")], check=True)
+    assert run(tmp_path / "run", "--resume") == 0
+    same(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize("dtype, processes", [("fp32", 2), ("bf16", 2), ("fp32", 3), ("fp32", 4)])
+def test_processes_stopped_killed_and_continued_to_the_last_bit(tmp_path, dtype, processes):
+    """A signal to torchrun; one process killed, without and with torchrun's restart; then one process alone goes on. (Of three it matters in
+    which order they add up.)"""
+    plain, more = script(tmp_path / "plain.py", ""), ["--dtype", dtype, "--batch_size", "12"]
+    STANDALONE = ["--standalone", f"--nproc_per_node={processes}"]
     one_killed = """
 if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
     """ + at("train.train_step", (6, True)).strip().replace("\n", "\n    ")
@@ -140,6 +169,49 @@ def test_one_result_whatever_the_layout(tmp_path, method, more):
             (out / name).unlink()
         assert run(out, *more, "--resume") == 0
         close(curve(out), curve(tmp_path / "4"))
+
+
+def test_processes_with_directories_of_their_own_are_refused(tmp_path):
+    """As on machines that do not share a file system."""
+    apart = script(tmp_path / "apart.py", "sys.argv = [word + os.environ['RANK'] if word.endswith('/run') else word for word in sys.argv]")
+    nodes = ["--standalone", "--nproc_per_node=2"]
+    assert run(tmp_path / "run0") == 0
+    for path in (tmp_path / "run0").glob("checkpoint-0000000[68]*"):
+        path.unlink()
+    (tmp_path / "run0" / "result.json").unlink()
+    before = {path: path.read_bytes() for path in (tmp_path / "run0").iterdir()}
+    process = agent(apart, tmp_path / "run", "--resume", nodes=nodes)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0 and "see different checkpoints" in errors
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run0").iterdir()}
+
+
+def test_a_process_that_hangs_ends_the_others(tmp_path):
+    """It is stopped, not dead: the others wait for it no longer than PATIENCE."""
+    hang = """
+from datetime import timedelta
+train.PATIENCE = timedelta(seconds=5)
+if os.environ["RANK"] == "1":
+    """ + at("train.train_step", (4, False), "os.kill(os.getpid(), signal.SIGSTOP)").strip().replace("\n", "\n    ")
+    process = agent(script(tmp_path / "hang.py", hang), tmp_path / "run", nodes=["--standalone", "--nproc_per_node=2"])
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0 and "error: process 0 has lost the others" in errors
+    assert steps(tmp_path / "run") == [2, 3]
+    assert run(tmp_path / "run", "--resume") == 0
+
+
+def test_two_agents_restart_without_being_told_to_resume(tmp_path):
+    """Only the first machine knows what its torchrun began; the processes of the other hear it from there."""
+    assert run(tmp_path / "one", "--lora_rank", "0") == 0
+    killed = script(tmp_path / "killed.py", """
+if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    """ + at("train.train_step", (6, True)).strip().replace("\n", "\n    "))
+    nodes = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port()}", "--rdzv_id=test",
+             "--max_restarts=3"]  # fmt: skip
+    agents = [agent(killed, tmp_path / "two", "--lora_rank", "0", nodes=nodes) for _ in range(2)]
+    ends = [(process.communicate(timeout=200)[1], process.returncode) for process in agents]
+    assert [code for _, code in ends] == [0, 0], "\n====\n".join(text for text, _ in ends)
+    close(curve(tmp_path / "two"), curve(tmp_path / "one"))
 
 
 def test_an_agent_is_lost_and_comes_back(tmp_path):

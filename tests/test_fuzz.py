@@ -29,7 +29,7 @@ from data import Tokenizer
 from model import MODELS, Adapters, ModelConfig, Transformer
 
 FIXTURES = Path(__file__).parent / "fixtures"
-INPUTS = dict(train=300, eval=300, data=300, config=800, model=800, tokenizer=800, problems=1200, run=400, question=300, checkpoint=300)
+INPUTS = dict(train=300, eval=300, data=300, config=800, model=800, tokenizer=800, problems=1200, run=400, question=300, checkpoint=300, resume=60)
 SECONDS, MEMORY = 20, 2**30  # that an input may take: far more than any does
 
 # ------------------------------------------------------------------------------------------------------------ mutations
@@ -281,7 +281,7 @@ def arguments(rng, options):
         fitting = [field.default] * 12 if rng.random() < 0.7 else []
         values = [
             *fitting, *(field.metadata.get("choices") or ()), "", "-", "--", "1e9", "nan", "-inf", "x" * 5000, "9" * 5000,
-            "\x00", "\ud800", "%s", "@/etc/passwd", "../x", "１２", "0x10", " 1", "1_0", *range(-1, 3), 2**31, 2**63, 10**30, 0.5,
+            10**400, "\x00", "\ud800", "%s", "@/etc/passwd", "../x", "１２", "0x10", " 1", "1_0", *range(-1, 3), 2**31, 2**63, 10**30, 0.5,
             1e308, 1e-320,
         ]
         flag = rng.choice(["--"] * 12 + ["-", "---", "", "--no-"]) + field.name[: rng.choice([None] * 8 + [3])]
@@ -480,6 +480,38 @@ def test_checkpoints(place, tmp_path, capsys):
             assert run.progress.step == 2 and all(type(flops) is float for flops in run.progress.flops.values())
             run.progress = train.Progress(flops=dict.fromkeys(run.method.pathways, 0.0))
     assert INPUTS["checkpoint"] / 50 < succeeded < INPUTS["checkpoint"] * 0.9
+
+
+def test_resumptions(place, tmp_path, capsys):
+    """A run of two steps, one of its files mutated, through the program: success, or one line and an exit code, and nothing is written
+    beside it."""
+    options = ["--compare", "--steps", "2", "--batch_size", "4", "--eval_size", "1", "--eval_every", "1", "--save_every", "1", "--device", "cpu",
+               "--keep_checkpoints", "1", "--max_new_tokens", "4", "--lora_rank", "1", "--out"]  # fmt: skip
+    train.main([*options, str(tmp_path / "run")])
+    names, rng, codes = sorted(path.name for path in (tmp_path / "run").iterdir()), random.Random("resume"), []
+    for _ in range(INPUTS["resume"]):
+        shutil.rmtree(place)
+        shutil.copytree(tmp_path / "run", place)
+        changed = rng.choice(names)
+        if changed != "result.json":
+            (place / "result.json").unlink()
+        if rng.random() < 0.1:
+            (place / changed).unlink(missing_ok=True)
+            (place / changed).symlink_to(tmp_path / "here") if rng.random() < 0.5 else os.mkfifo(place / changed)
+        elif (place / changed).stat().st_size:
+            (place / changed).write_bytes(change_file(rng, place / changed))
+        beside, code = tree(tmp_path / "here"), 0
+        capsys.readouterr()
+        with bounded():
+            try:
+                train.main([*options, str(place), "--resume"])
+            except SystemExit as stop:
+                code = stop.code
+        said = capsys.readouterr().err
+        assert (said.count("\n"), said.startswith("error: ")) == ((1, True) if code else (0, False)), (changed, said)
+        assert code in (0, 1, 2) and tree(tmp_path / "here") == beside
+        codes.append(code)
+    assert set(codes) >= {0, 2}
 
 
 QUESTION = "sam has 7 pens gets 5 packs of 4 ?"
