@@ -407,7 +407,7 @@ LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{
 QWEN2_PATTERN = LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
 LLAMA3_RANKS = 128_000
 LONGEST = 500_000  # characters of a text: tiktoken's patterns break down beyond a million blanks in a row
-RESERVED = ("<|reserved_special_token_0|>", "<|reserved_special_token_1|>")  # stand for <st> and the like where they are
+RESERVED = ("<st>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>")  # stand for <st> and the like where they are
 
 
 WORD = r"<<|>>|\d+|[^\W\d]+|[^\w\s]"

@@ -151,9 +151,11 @@ def tensors_digest(tensors):
 
 
 def check_digest(path):
-    """ValueError for a file of `train.save_tensors` that is not what was written."""
-    with safe_open(path, framework="pt") as file, contextlib.suppress(ValueError, TypeError, AttributeError, RecursionError):
-        if json.loads(file.metadata()["about"]).get("sha256") == tensors_digest(load_file(path)):
+    """ValueError for a file of `train.save_tensors` that is not what was written; other files state no checksum."""
+    with safe_open(path, framework="pt") as file:
+        about = (file.metadata() or {}).get("about")
+    with contextlib.suppress(ValueError, TypeError, AttributeError, RecursionError):
+        if about is None or json.loads(about).get("sha256") == tensors_digest(load_file(path)):
             return
     raise ValueError(f"{path}: damaged: its checksum is not that of its tensors")
 
@@ -348,7 +350,8 @@ def teacher_state(method, question, max_new_tokens):
     prompt, separator = pathway.prompt(question, tokenizer), pathway.separator(tokenizer)
     (written,) = dart.generate(method.model, tokenizer, pathway, [prompt], max_new_tokens)
     ends = [i for i in range(len(separator), len(written) + 1) if written[i - len(separator) : i] == separator]
-    return states_at(method.model, prompt + written, False, [len(prompt) + ends[-1] - 1]) if ends else None
+    ids = (prompt + written)[: len(prompt) + ends[-1]] if ends else []
+    return states_at(method.model, ids, False, [len(ids) - 1]) if ends else None
 
 
 def lens(method, question, max_new_tokens, k):
@@ -366,9 +369,10 @@ def lens(method, question, max_new_tokens, k):
     if teacher is not None:
         distances = [dart.distill_loss(t[None], s[None]).item() for t, s in zip(teacher, states[:, -1:], strict=True)]
         names, states = [*names, f"CoT's {printable(tokenizer, ids[-1])}"], torch.cat((states, teacher), dim=1)
-    shares, tokens = (some.transpose(0, 1).tolist() for some in logit_lens(model, states, k))  # [P][L][k]
-    columns = {name: [[(printable(tokenizer, i), p) for i, p in zip(*both, strict=True)] for both in zip(*layers, strict=True)]
-               for name, *layers in zip(names, tokens, shares, strict=True)}  # fmt: skip
+    shares, tokens = logit_lens(model, states, k)  # [L, P, k]
+    columns = {name: [[(printable(tokenizer, i), p) for i, p in zip(*layer, strict=True)]
+                      for layer in zip(tokens[:, at].tolist(), shares[:, at].tolist(), strict=True)]
+               for at, name in enumerate(names)}  # fmt: skip
     return columns, distances
 
 
@@ -419,8 +423,8 @@ def probe(method, problems, k, rotations=10):
     layer. Raises ValueError where no problem has such a result.
 
     "<st>": at any of the silent tokens; "z_N"; "CoT's z_N": at the CoT pathway's, behind the gold steps. A result counts by the text of
-    its first token. "... control": the same for results of other problems (by rotations of a shuffled order) that are not this one's, nor in its
-    question and answer. top: the mean probability of the likeliest token at <st> (at z_N where C is 0). distance: of the two z_N in units of sigma, as in
+    its first token, if no word of question and answer begins with that. "... control": the same for results of other problems (by rotations
+    of a shuffled order) that are not this one's. top: the mean probability of the likeliest token at <st> (at z_N where C is 0). distance: of the two z_N in units of sigma, as in
     equation (4), over all problems.
     """
     tokenizer, model, cot = method.tokenizer, method.model, method.pathways.get("cot")

@@ -252,9 +252,10 @@ def check_out(options):
 
 
 def continue_after_restart(options, rank, device):
-    """Where torchrun has started its processes anew, the run that they had begun is continued, whatever the command says. Rank 0 knows it."""
+    """Where torchrun has started its processes anew, the run that they had begun is continued, whatever the command says. Rank 0 knows it (not
+    by the count of restarts: of several machines each counts its own)."""
     begun = False
-    if rank == 0 and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+    if rank == 0 and "TORCHELASTIC_RUN_ID" in os.environ:
         with contextlib.suppress(ValueError, AttributeError, OSError):  # `check_out` will name what is wrong
             begun = read_json(Path(options.out) / "config.json").get("started_by") == started_by()
     if dart.all_reduce(torch.tensor(int(begun), device=device), dist.ReduceOp.MAX):

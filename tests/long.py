@@ -69,7 +69,7 @@ def test_a_disk_that_is_really_full(tmp_path, whole):  # noqa: F811
         fill = f"subprocess = __import__('subprocess'); subprocess.run('cat /dev/zero > {disk}/ballast', shell=True)"
         done = python(script(tmp_path / "full.py", at("train.train_step", (5, False), fill)), disk / "run")
         assert done.returncode == 1 and "error: the checkpoint could not be written" in done.stderr, done.stderr
-        assert done.stderr.splitlines()[-1].startswith("error:") and steps(disk / "run") == [2, 4]
+        assert done.stderr.splitlines()[-1].startswith("error:") and steps(disk / "run") == [2, 3, 4]
         (disk / "ballast").unlink()
         assert run(disk / "run", "--resume") == 0
         same(disk / "run", whole)
@@ -203,12 +203,13 @@ if os.environ["RANK"] == "1":
 def test_two_agents_restart_without_being_told_to_resume(tmp_path):
     """Only the first machine knows what its torchrun began; the processes of the other hear it from there."""
     assert run(tmp_path / "one", "--lora_rank", "0") == 0
-    killed = script(tmp_path / "killed.py", """
-if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-    """ + at("train.train_step", (6, True)).strip().replace("\n", "\n    "))
-    nodes = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port()}", "--rdzv_id=test",
-             "--max_restarts=3"]  # fmt: skip
-    agents = [agent(killed, tmp_path / "two", "--lora_rank", "0", nodes=nodes) for _ in range(2)]
+    kill = f"open({str(tmp_path / 'killed')!r}, 'w').close(); os.kill(os.getpid(), signal.SIGKILL)"
+    killed = script(tmp_path / "killed.py", f"""
+if os.environ["RANK"] == "1" and not os.path.exists({str(tmp_path / 'killed')!r}):
+    """ + at("train.train_step", (6, True), kill).strip().replace("\n", "\n    "))
+    how = dict(nodes=["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port()}", "--rdzv_id=test",
+                      "--max_restarts=3"], environment={"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})  # fmt: skip
+    agents = [agent(killed, tmp_path / "two", "--lora_rank", "0", **how) for _ in range(2)]
     ends = [(process.communicate(timeout=200)[1], process.returncode) for process in agents]
     assert [code for _, code in ends] == [0, 0], "\n====\n".join(text for text, _ in ends)
     close(curve(tmp_path / "two"), curve(tmp_path / "one"))

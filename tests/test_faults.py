@@ -680,9 +680,11 @@ def test_what_one_process_meets_all_know(monkeypatch):
 
 def test_only_what_this_torchrun_began_is_continued(tmp_path, monkeypatch):
     options = train.read_options([*RUN, "--out", str(tmp_path)])
-    for count, content, continued in (("1", {"started_by": train.started_by()}, True), ("0", {"started_by": train.started_by()}, False),
-                                      ("1", {"started_by": "another"}, False), ("1", [], False)):  # fmt: skip
-        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    for run_id, content, continued in ((None, None, False), ("a", None, True), ("a", {"started_by": "another"}, False), ("a", [], False)):
+        if run_id:
+            monkeypatch.setenv("TORCHELASTIC_RUN_ID", run_id)
+        content = {"started_by": train.started_by()} if content is None else content
         (tmp_path / "config.json").write_text(json.dumps(content))
         options.resume = False
         train.continue_after_restart(options, 0, "cpu")
