@@ -423,9 +423,9 @@ def probe(method, problems, k, rotations=10):
     layer. Raises ValueError where no problem has such a result.
 
     "<st>": at any of the silent tokens; "z_N"; "CoT's z_N": at the CoT pathway's, behind the gold steps. A result counts by the text of
-    its first token, if no word of question and answer begins with that. "... control": the same for results of other problems (by rotations
-    of a shuffled order) that are not this one's. top: the mean probability of the likeliest token at <st> (at z_N where C is 0). distance: of the two z_N in units of sigma, as in
-    equation (4), over all problems.
+    its first token, where no word of question and answer begins with it. "... control": the same for results of other problems (by rotations of
+    a shuffled order) that are not this one's. top: the mean probability of the likeliest token at <st> (at z_N where C is 0). distance: of
+    the two z_N in units of sigma, as in equation (4), over all problems.
     """
     tokenizer, model, cot = method.tokenizer, method.model, method.pathways.get("cot")
     n_fill = method.pathways[method.answers_through].n_fill
@@ -445,11 +445,13 @@ def probe(method, problems, k, rotations=10):
         likely.append({place: [set(map(text, layer)) for layer in ids.flatten(1).tolist()] for place, (_, ids) in lenses.items()})
         top.append(lenses[next(iter(places))][0][..., 0].mean(1))  # [L]
     results, order = [results_of(problem) for problem in problems], np.random.default_rng(0).permutation(len(problems))
-    gold = [(i, result) for i in order for result in results[i]]
+    begin = [set(map(first, words_of(problem))) for problem in problems]
+    gold = [(i, result) for i in order for result in sorted(results[i]) if first(result) not in begin[i]]
     control = [(i, result) for shift in range(1, min(rotations + 1, len(problems))) for i, j in zip(order, np.roll(order, shift), strict=True)
-               for result in results[j] - results[i] - words_of(problems[i])]  # fmt: skip
+               for result in sorted(results[j] - results[i]) if first(result) not in begin[i]]  # fmt: skip
     if not gold or not control:
-        raise ValueError("--lens: the problems have no intermediate results to look for; with a question it shows what there is")
+        raise ValueError(f"--lens: {len(gold)} intermediate results in the problems, {len(control)} for the control; with a question it shows "
+                         f"what there is")  # fmt: skip
     rows, L = [], len(top[0])
     for title, layers in [*((layer + 1, [layer]) for layer in range(L)), ("any", range(L))]:
         row = {"layer": title, "n": len(gold)}
@@ -491,29 +493,35 @@ def loss_curves(directory):
     return curves
 
 
-def plot(path, directories, columns=None):
-    """An image: the losses of runs, and the likeliest tokens of `lens`'s columns as a heat map. Raises ValueError for what cannot be drawn."""
+def figure_of(directories, columns=None):
+    """The losses of runs, and the likeliest tokens of `lens`'s columns as a heat map. Raises ValueError for what cannot be drawn."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
     rows = 1 + bool(columns)
     figure = Figure(figsize=(max(8, 0.8 * len(columns or ())), 4 * rows), layout="constrained")
-    losses, *heat = figure.subplots(rows, squeeze=False).flat
+    axes = figure.subplots(rows, squeeze=False)[:, 0]
     for i, directory in enumerate(directories):
         for (name, curve), style in zip(loss_curves(directory).items(), ("-", "--", ":"), strict=False):
-            losses.plot(*curve, style, color=f"C{i}", label=f"{directory} {name}")
-    losses.set(xlabel="step", ylabel="loss", yscale="log")
-    losses.legend()
-    for axes in heat:
-        axes.imshow([[layers[i][0][1] for layers in columns.values()] for i in range(len(next(iter(columns.values()))))],
-                    aspect="auto", origin="lower", cmap="Greys", vmin=0, vmax=1)  # fmt: skip
-        for x, layers in enumerate(columns.values()):
-            for y, ((token, p), *_) in enumerate(layers):
-                axes.text(x, y, token.replace("$", r"\$"), ha="center", va="center", color="white" if p > 0.5 else "black")
-        axes.set_xticks(range(len(columns)), [name.replace("$", r"\$") for name in columns], rotation=45)
-        axes.set_yticks(range(len(layers)), range(1, len(layers) + 1))
-        axes.set(ylabel="layer")
+            axes[0].plot(*curve, style, color=f"C{i}", label=f"{directory} {name}")
+    axes[0].set(xlabel="step", ylabel="loss", yscale="log")
+    axes[0].legend()
+    if columns:
+        table = list(zip(*columns.values(), strict=True))  # [L][P] of the k likeliest
+        axes[1].imshow([[likely[0][1] for likely in layer] for layer in table], aspect="auto", origin="lower", cmap="Greys", vmin=0, vmax=1)
+        for y, layer in enumerate(table):
+            for x, ((token, p), *_) in enumerate(layer):
+                axes[1].text(x, y, token.replace("$", r"\$"), ha="center", va="center", color="white" if p > 0.5 else "black")
+        axes[1].set_xticks(range(len(columns)), [name.replace("$", r"\$") for name in columns], rotation=45)
+        axes[1].set_yticks(range(len(table)), range(1, len(table) + 1))
+        axes[1].set(ylabel="layer")
+    return figure
+
+
+def plot(path, directories, columns=None):
+    """Writes `figure_of` as the image that the file's name says."""
+    figure = figure_of(directories, columns)
     with replacing(path) as temporary:
         figure.savefig(temporary, format=Path(path).suffix[1:] or "png")
 
@@ -574,17 +582,23 @@ def report(row):
 def check_together(options):
     """ValueError unless the options go together and there is a place for each new file."""
     asks, looks = options.ask is not None, options.lens is not None
+    of_one, only_drawn = asks or options.lens not in (None, "-"), options.plot and not looks and not asks
     if not options.ckpt:
         raise ValueError("--ckpt DIR is missing: the directory of a run")
-    if len(options.ckpt) > 1 and (asks or looks or not options.plot):
+    if len(options.ckpt) > 1 and not only_drawn:
         raise ValueError("--ckpt takes several runs only with --plot alone")
-    if asks and (looks or options.plot) or options.lens == "-" and options.plot:
-        raise ValueError("--ask, --lens without a question, and --plot do not go together")
-    if options.examples and (asks or looks or options.plot):
-        raise ValueError("--examples goes with the evaluation only")
-    for path in map(Path, filter(None, (options.json, options.examples, options.plot))):
+    if asks and (looks or options.plot) or options.lens == "-" and options.plot or only_drawn and options.json:
+        raise ValueError("--ask, --lens without a question, and --plot do not go together, nor --plot alone with --json")
+    if (options.examples or options.pathway) and (asks or looks or only_drawn):
+        raise ValueError("--examples and --pathway go with the evaluation only")
+    if (options.data or options.limit) and (of_one or only_drawn):
+        raise ValueError("--data and --limit go with the evaluation, and with --lens without a question")
+    files = [Path(path).resolve() for path in (options.json, options.examples, options.plot) if path]
+    for path in files:
         if path.exists() or not path.parent.is_dir():
             raise ValueError(f"{path}: " + ("exists already" if path.exists() else "its directory does not exist"))
+        if files.count(path) > 1:
+            raise ValueError(f"{path}: would be two files at once")
 
 
 def evaluate_run(method, sets, options):
@@ -605,13 +619,15 @@ def evaluate_run(method, sets, options):
 
 
 def ask(method, questions, options):
-    """Answers each question through all pathways, and prints a table with passes and milliseconds, tokenisation included. Returns its
-    figures. Of a question that cannot be asked it says so, in one line, and goes on; at the end ValueError says how many there were."""
+    """Answers each question through all pathways, and prints a table with passes and milliseconds, tokenisation included. Returns (figures,
+    the number of questions that could not be asked): of each such line of standard input it says why, in one line, and goes on."""
     models, figures, refused = {name: merged_copy(method, name, options.compile) for name in reversed(method.pathways)}, [], 0
     for question in questions:
         try:
             check_room(method, [Problem(question, [], "")], options.max_new_tokens)
         except ValueError as error:
+            if options.ask != "-":
+                raise
             complain(error)
             refused += 1
             continue
@@ -622,13 +638,17 @@ def ask(method, questions, options):
                 start = time.perf_counter()
                 (found,) = dart.answer(model, method.tokenizer, pathway, [question], options.max_new_tokens)
                 seconds = time.perf_counter() - start
-            rows.append({"pathway": name, "answer": pathway.read(found.text).strip(), "passes": found.passes,
-                         "ms": f"{1000 * seconds:.1f}", "written": " ".join(found.text.split())})  # fmt: skip
-        print(f"{normalise(question)}\n\n{markdown(rows)}\n", flush=True)
-        figures += [{"question": question, **row, "ms": float(row["ms"])} for row in rows]
-    if refused:
-        raise ValueError(f"{refused} of the questions could not be asked")
-    return figures
+            rows.append({"pathway": name, "answer": pathway.read(found.text).strip(), "passes": found.passes, "ms": 1000 * seconds,
+                         "written": found.text})  # fmt: skip
+        table = [row | {"answer": cell(row["answer"]), "ms": f"{row['ms']:.1f}", "written": cell(row["written"])} for row in rows]
+        print(f"{cell(normalise(question))}\n\n{markdown(table)}\n", flush=True)
+        figures += [{"question": question, **row} for row in rows]
+    return figures, refused
+
+
+def cell(text):
+    """A model's text as it can stand in a table: on one line, without what a terminal would obey."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split())).replace("|", r"\|")
 
 
 def look(method, sets, options):
@@ -644,7 +664,7 @@ def look(method, sets, options):
         return figures
     check_room(method, [Problem(options.lens, [], "")], options.max_new_tokens)
     columns, distances = lens(method, options.lens, options.max_new_tokens, options.top_k)
-    colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     print(lens_table(columns, distances, shutil.get_terminal_size((140, 0)).columns, colours), end="")
     if options.plot:
         plot(options.plot, options.ckpt, columns)
@@ -662,13 +682,13 @@ def main(argv=None):
         options.pathway = options.pathway or (method.answers_through,)
         if unknown := [name for name in options.pathway if name not in method.pathways]:
             raise ValueError(f"--pathway {unknown[0]}: {run.method} has {' and '.join(method.pathways)}")
-        names = () if options.ask or options.lens not in (None, "-") else options.data or (run.data,)
+        names = () if options.ask is not None or options.lens not in (None, "-") else options.data or (run.data,)
         sets = {name: load(name, options.split, run.seed, options.data_dir or run.data_dir)[: options.limit or None] for name in names}
         for problems in sets.values():
             check_room(method, problems, options.max_new_tokens)
-        records = []
+        records, refused = [], 0
         if options.ask is not None:
-            figures = ask(method, questions_of(options.ask), options)
+            figures, refused = ask(method, questions_of(options.ask), options)
         elif options.lens is not None:
             figures = look(method, sets, options)
     if options.ask is None and options.lens is None:
@@ -678,6 +698,8 @@ def main(argv=None):
             write_json(options.json, figures)
         if options.examples:
             write_atomically(options.examples, "".join(json.dumps(record) + "\n" for record in records))
+        if refused:
+            raise ValueError(f"{refused} of the questions could not be asked")
 
 
 def questions_of(text):
@@ -712,7 +734,8 @@ print(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True){read
 
 def card(method, name, new):
     """README.md of an exported model: how to prompt it, and what it can no longer do."""
-    pathway, read, others = method.pathways[name], "", " and ".join(f"`{other}`" for other in method.pathways if other != name)
+    pathway, read = method.pathways[name], ""
+    others = " and ".join(f"`{other}`" for other, way in method.pathways.items() if other != name and not way.thoughts)
     inputs = 'ids = tokenizer(question, return_tensors="pt").input_ids'
     if pathway.steps:
         prompted, read = f"; the model writes steps, `{dart.SEPARATOR}` and the answer.", f".rpartition({dart.SEPARATOR!r})[2]"
@@ -722,7 +745,7 @@ def card(method, name, new):
     else:  # as a text, tokens might be merged across the seam
         separator = pathway.separator(method.tokenizer)
         prompted = f", and behind its ids those of `{dart.SEPARATOR}`, {separator}; the model goes on with the answer."
-        inputs = f"ids = torch.tensor([tokenizer(question).input_ids + {separator}])  # import torch"
+        inputs += f"\nids = ids.new_tensor([ids[0].tolist() + {separator}])"
     return CARD.format(family=method.model.config.model_type, method=method.options.method, name=name, prompted=prompted, inputs=inputs,
                        folded="LoRA and REM (where there are any) are" if pathway.silent else "LoRA (where there is any) is",
                        new=new, read=read, lost=f"\nThese weights cannot be switched to the pathway {others} any more; the run can be "
@@ -742,9 +765,12 @@ def export(argv=None):
     parser.add_argument("--best", action="store_true", help="its weights with the best accuracy on the validation split")
     with one_line_errors():
         asked = parser.parse_args(argv)
-        out, temporary = Path(asked.out), Path(f"{asked.out}.tmp")
+        out = Path(asked.out).resolve()
+        temporary = out.with_name(f"{out.name}.tmp")
         if out.exists() and not (out.is_dir() and not any(out.iterdir())):
             raise ValueError(f"{out}: exists already")
+        if temporary.exists():
+            raise ValueError(f"{temporary}: is left of an export that was cut off, or another one goes on: remove it")
         method, run = load_run(asked.run, asked.model, dtype=asked.dtype, best=asked.best)
         name = asked.pathway or method.answers_through
         pathway = method.pathways.get(name)
@@ -757,17 +783,18 @@ def export(argv=None):
         temporary.mkdir(parents=True)
         try:
             model = method.model.merge(silent=pathway.silent)
-            export_hf(model, temporary, st_id if with_st and model.extra_rows is not None else None, tokens)
+            weights = export_hf(model, temporary, st_id if with_st and model.extra_rows is not None else None, tokens)
             for file, text in (files | {"README.md": card(method, name, run.max_new_tokens)}).items():
                 (temporary / file).write_text(text, encoding="utf-8")
             for path in temporary.iterdir():
                 path.chmod((temporary / "config.json").stat().st_mode)  # safetensors' files are for their owner alone
                 sync(path)
             os.replace(temporary, out)
+            sync(out.parent)
         except BaseException:
-            shutil.rmtree(temporary)
+            shutil.rmtree(temporary, ignore_errors=True)
             raise
-        print(f"{out}: a plain {method.model.config.model_type} model, {sum(p.numel() for p in model.parameters()):,} weights; "
+        print(f"{asked.out}: a plain {method.model.config.model_type} model, {weights:,} weights; "
               f"its README.md says how to prompt it")  # fmt: skip
 
 

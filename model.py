@@ -877,7 +877,7 @@ def export_hf(model, directory, st_id=None, tokens=None, shard_bytes=5 * 10**9):
     model.safetensors or, above `shard_bytes`, shards and their index.
 
     st_id: where the embedding of the model's extra row goes, below V or V itself; None: nowhere. tokens: {"bos_token_id": ..., ...},
-    for both configurations. Raises ValueError for a model that is not merged, or `fuse`d, and OSError.
+    for both configurations. Returns the number of weights. Raises ValueError for a model that is not merged, or `fuse`d, and OSError.
     """
     if model.merged is None or model.layers[0].self_attn.q_proj is None:
         raise ValueError("only a merged model, not a fused one, has the weights of a checkpoint")
@@ -916,6 +916,7 @@ def export_hf(model, directory, st_id=None, tokens=None, shard_bytes=5 * 10**9):
     dtype = {"torch_dtype": str(embed.dtype).removeprefix("torch.")}
     _write_json(directory / "config.json", write_config(config) | dtype | tokens)
     _write_json(directory / "generation_config.json", {"do_sample": False, **tokens})
+    return sum(part.numel() for some in parts.values() for part in some)
 
 
 def _write_json(path, value):

@@ -144,8 +144,12 @@ def changed_option(name, value):
         (lambda run, tmp: ["--ckpt", str(run), "--lens", "zebra ?"], "'zebra' is not in the vocabulary"),
         (lambda run, tmp: ["--ckpt", str(run), "--lens", "--ask"], "do not go together"),
         (lambda run, tmp: ["--ckpt", str(run), "--lens", "--plot", str(tmp / "p.png")], "do not go together"),
-        (lambda run, tmp: ["--ckpt", str(run), "--lens", "--examples", str(tmp / "e")], "--examples goes with the evaluation"),
-        (lambda run, tmp: ["--ckpt", str(run), "--lens", "--limit", "1"], "no intermediate results"),
+        (lambda run, tmp: ["--ckpt", str(run), "--lens", "--examples", str(tmp / "e")], "--examples and --pathway go with the evaluation"),
+        (lambda run, tmp: ["--ckpt", str(run), "--lens", "a", "--pathway", "cot"], "--examples and --pathway go with the evaluation"),
+        (lambda run, tmp: ["--ckpt", str(run), "--lens", "a", "--data", "demo"], "--data and --limit go with"),
+        (lambda run, tmp: ["--ckpt", str(run), "--plot", str(tmp / "p.png"), "--json", str(tmp / "j")], "nor --plot alone with --json"),
+        (lambda run, tmp: ["--ckpt", str(run), "--json", str(tmp / "j"), "--examples", str(tmp / "j")], "would be two files"),
+        (lambda run, tmp: ["--ckpt", str(run), "--lens", "--limit", "1"], "0 for the control"),
         (lambda run, tmp: ["--ckpt", str(run), "--plot", str(run / "config.json")], "exists already"),
         (lambda run, tmp: ["--ckpt", str(tmp), "--plot", str(tmp / "p.png")], "log.jsonl" if HAVE_MATPLOTLIB else "pip install matplotlib"),
         (lambda run, tmp: ["--ckpt", str(run), "--pathway", "no-cot"], "--pathway no-cot: dart has cot and st"),
@@ -175,7 +179,7 @@ def test_bad_input_is_one_line_and_exit_code_2(a_run, tmp_path, capsys, argument
         evaluation.main([*arguments(a_run, tmp_path), "--latency", "0"])
     captured = capsys.readouterr()
     assert stop.value.code == 2 and message in captured.err
-    assert captured.err.count("\n") == 1 + ("--ask" in arguments(a_run, tmp_path) and "together" not in message)
+    assert captured.err.count("\n") == 1 and captured.err.startswith("error: ")
 
 
 def test_the_time_to_an_answer_has_its_thoughts_in_it(monkeypatch):
@@ -379,15 +383,22 @@ def test_a_question_is_asked_through_both_pathways(a_run, tmp_path, capsys):
         assert row["answer"] == method.pathways[name].read(found.text).strip() and row["ms"] > 0
 
 
-def test_questions_of_standard_input(a_run, capsys, monkeypatch):
+def test_what_a_model_writes_does_not_break_the_table(a_run, capsys, monkeypatch):
+    monkeypatch.setattr(dart, "answer", lambda *_: [dart.Answer("one\ntwo | \x1b[31mred", 3)])
+    evaluation.main(["--ckpt", str(a_run), "--ask", QUESTION])
+    assert r"| one two \| \x1b[31mred |" in capsys.readouterr().out
+
+
+def test_questions_of_standard_input(a_run, tmp_path, capsys, monkeypatch):
     """One that cannot be asked is named, and the others are answered; then the exit code is 2."""
     content = f"{QUESTION}\n\n  \nzebra ?\n\xff\nann has 3 eggs buys 4 packs of 5 ?".encode("latin-1")
     monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=io.BytesIO(content)))
     with pytest.raises(SystemExit) as stop:
-        evaluation.main(["--ckpt", str(a_run), "--ask"])
+        evaluation.main(["--ckpt", str(a_run), "--ask", "--json", str(tmp_path / "a.json")])
     out, errors = capsys.readouterr()
     assert stop.value.code == 2 and out.count("| cot ") == 2 and "ann has 3 eggs" in out
     assert [line[:6] for line in errors.splitlines()] == ["error:"] * 3 and "2 of the questions" in errors and "'zebra'" in errors
+    assert len(json.loads((tmp_path / "a.json").read_text())) == 4  # what was answered is kept
     monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=io.BytesIO(b"")))
     evaluation.main(["--ckpt", str(a_run), "--ask"])
     assert capsys.readouterr().out == ""
@@ -416,6 +427,12 @@ def test_an_image_of_losses_and_of_the_lens(a_run, tmp_path, monkeypatch, capsys
         error = capsys.readouterr().err
         assert stop.value.code == 2 and message in error and error.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lens.svg", "losses.png"]
+    columns = {"1 <st>": [[("a", 0.25), ("b", 0.1)], [("c", 1.0), ("d", 0.0)]], "2 :": [[("e", 0.5)], [("$", 0.9)]], "CoT's :": [[("g", 0.75)], [("h", 0)]]}
+    losses, heat = evaluation.figure_of([a_run, a_run], columns).axes
+    assert heat.images[0].get_array().tolist() == [[0.25, 0.5, 0.75], [1.0, 0.9, 0.0]]
+    assert [(t.get_position(), t.get_text()) for t in heat.texts][:4] == [((0, 0), "a"), ((1, 0), "e"), ((2, 0), "g"), ((0, 1), "c")]
+    curves = evaluation.loss_curves(a_run)
+    assert [line.get_ydata().tolist() for line in losses.lines] == 2 * [values for _, values in curves.values()]
 
 
 def test_without_matplotlib_that_is_said(a_run, tmp_path, monkeypatch, capsys):

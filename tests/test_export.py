@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import dart
+import data
 import eval as evaluation
 import train
 from model import MODELS, Adapters, ModelConfig, Transformer, export_hf, write_config
@@ -81,18 +82,19 @@ def trained(tmp_path_factory):
 QUESTION = "sam has 7 pens gets 5 packs of 4 ?"
 
 
-@pytest.mark.parametrize("method, pathway", [("dart", "st"), ("dart", "cot"), ("no-cot", "no-cot"), ("pause", "pause"), ("cot", "cot")])
-def test_the_card_says_how_to_prompt_an_exported_run(tmp_path, trained, method, pathway):
+@pytest.mark.parametrize("method, pathway, more", [("dart", "st", ()), ("dart", "cot", ()), ("no-cot", "no-cot", ()), ("pause", "pause", ()),
+                                                   ("dart", "st", ("--n_st", "0"))])  # fmt: skip
+def test_the_card_says_how_to_prompt_an_exported_run(tmp_path, trained, method, pathway, more):
     """Its Python, run as it stands, prints our answer; loading says nothing of missing or unexpected weights."""
     transformers = pytest.importorskip("transformers", reason="reads what was exported")
-    run = trained(method)
+    run = trained(method, *more)
     hf = exported(run, tmp_path / "hf", "--pathway", pathway)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         _, about = transformers.AutoModelForCausalLM.from_pretrained(hf, output_loading_info=True)
     assert not any(about.values())
     code = re.search(r"```python\n(.*?)```", (hf / "README.md").read_text(), re.DOTALL)[1]
-    code = f"import torch\nDIRECTORY = {str(hf)!r}\n" + code.replace('"..."', repr(QUESTION))
+    code = f"DIRECTORY = {str(hf)!r}\n" + code.replace('"..."', repr(QUESTION))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     loaded, _ = evaluation.load_run(run)
     (ours,) = dart.answer(evaluation.merged_copy(loaded, pathway), loaded.tokenizer, loaded.pathways[pathway], [QUESTION], 24)
@@ -200,6 +202,38 @@ def test_bad_input_is_one_line_and_nothing_is_written(tmp_path, trained, capsys,
     error = capsys.readouterr().err
     assert stop.value.code == 2 and message in error and error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_second_round_has_the_same_silent_token(tmp_path, run):
+    """Trained from what was exported, and exported again."""
+    first = data.Tokenizer.from_pretrained(FIXTURES / run).export(True)[1]
+    again = data.Tokenizer.from_pretrained(exported(FIXTURES / run, tmp_path / "hf"))
+    files, st_id = again.export(True)
+    names = [token["content"] for token in json.loads(files["tokenizer.json"])["added_tokens"]]
+    assert st_id == first and names.count("<st>") == 1 and dart.DART.adapters(again, dart.Options()).extra_rows == 0
+
+
+def test_where_an_export_goes(tmp_path, trained, monkeypatch, capsys):
+    """A path that ends in a slash, an empty directory by its dot, a name that is taken up by half of another export."""
+    run = trained("dart")
+    for name in ("a/", "b"):
+        assert (exported(run, f"{tmp_path}/{name}") and (tmp_path / name / "config.json")).is_file()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    exported(run, ".")
+    assert (tmp_path / "here" / "config.json").is_file()
+    (tmp_path / "c.tmp").mkdir()
+    with pytest.raises(SystemExit):
+        exported(run, tmp_path / "c")
+    assert "c.tmp: is left of an export" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "c.tmp", "here"}
+
+
+def test_the_card_offers_what_can_be_exported(trained):
+    for method, name, offered in (("dart", "st", True), ("codi", "cot", False), ("no-cot", "no-cot", False)):
+        loaded, _ = evaluation.load_run(trained(method))
+        assert ("exported as that one, too" in evaluation.card(loaded, name, 24)) == offered
 
 
 def test_a_failed_export_leaves_nothing_behind(tmp_path, trained, monkeypatch, capsys):

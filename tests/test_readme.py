@@ -1,5 +1,6 @@
 """README.md: its commands run as they stand (on a smaller built-in task), its options are known, what it quotes is there. CPU, no network."""
 
+import importlib.util
 import re
 import shlex
 import subprocess
@@ -77,8 +78,8 @@ def test_the_commands_run_as_they_stand(small, capsys):
             continue
         if script == "eval.py" and "--ckpt" not in words:
             continue
-        if "--plot" in words:
-            pytest.importorskip("matplotlib", reason="draws")
+        if "--plot" in words and importlib.util.find_spec("matplotlib") is None:
+            continue
         ran.append([script, *words])
         PROGRAMS[script]([word if before != "--steps" else "3" for before, word in zip(["", *words], words, strict=False)])
     out = capsys.readouterr().out
