@@ -183,8 +183,8 @@ def load_run(directory, model_directory=None, device="cpu", dtype=None, best=Fal
         model = Transformer(config, adapters, torch.float32, device, compute_dtype=dtype, random_init=False)
     else:
         base = model_directory or options.model
-        if not Path(base).is_dir():
-            raise FileNotFoundError(f"{base}: no such directory; --model says where the base weights of {directory} are")
+        if not base or not Path(base).is_dir():
+            raise FileNotFoundError(f"{base!r}: no such directory; --model says where the base weights of {directory} are")
         if ModelConfig.from_pretrained(base) != config:
             raise ValueError(f"{base}: not the model that {directory} was trained on")
         model = Transformer.from_pretrained(base, adapters, dtype, device)

@@ -15,6 +15,7 @@ import dart
 from test_eval import compiled_answers
 from test_faults import ROOT, RUN, agent, at, close, curve, port, python, run, same, script, steps, wait_for, whole  # noqa: F401
 from test_model import compiled_layers
+from test_train import QUICK, torchrun
 
 HALF = """
 original = train.save_file
@@ -244,3 +245,16 @@ def test_compiled_layers_of_gpt2():
 
 def test_compiled_answers_of_codi(monkeypatch):
     compiled_answers("codi", monkeypatch)
+
+
+def test_an_error_that_all_runs_meet_is_said_once(tmp_path):
+    command = [sys.executable, "train.py", *QUICK, "--compare", "no-cot", "--jobs", "2", "--max_new_tokens", "80"]
+    done = subprocess.run([*command, "--out", str(tmp_path / "bad")], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "bad").exists()
+
+
+def test_the_comparison_runs_on_two_processes(tmp_path):
+    done = torchrun(2, "--steps", "2", "--compare", "no-cot", "--out", str(tmp_path / "run"))
+    assert done.stdout.count("Guessing a remainder") == 1 and done.stdout.count("step 2/2") == 2  # rank 0 alone speaks
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["processes"] == 2

@@ -22,7 +22,7 @@ from model import Block
 ROOT = Path(__file__).parent.parent
 FIXTURES = ROOT / "tests" / "fixtures"
 QUICK = ["--compare", "--steps", "6", "--batch_size", "16", "--log_every", "1", "--eval_every", "3", "--eval_size", "8",
-         "--save_every", "3", "--device", "cpu", "--jobs", "1"]  # fmt: skip
+         "--save_every", "3", "--device", "cpu", "--jobs", "1", "--max_new_tokens", "4"]  # fmt: skip
 
 
 LAST = "checkpoint-00000006.safetensors"
@@ -86,7 +86,7 @@ def test_a_comparison_from_the_command_line(tmp_path):
 
 
 def test_runs_side_by_side(tmp_path):
-    """Each in its own process and folder, with its name before its lines; an error that all of them meet is said once."""
+    """Each in its own process and folder, with its name before its lines."""
     command = [sys.executable, "train.py", *QUICK, "--compare", "no-cot", "--jobs", "2"]
     done = subprocess.run([*command, "--out", str(tmp_path / "two")], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -99,9 +99,6 @@ def test_runs_side_by_side(tmp_path):
     assert steps == [8, 8], done.stdout
     accuracies = [[r["strict"] for r in json.loads((tmp_path / jobs / "result.json").read_text())["table"]] for jobs in ("two", "one")]
     assert accuracies[0] == accuracies[1]
-    done = subprocess.run([*command, "--max_new_tokens", "80", "--out", str(tmp_path / "bad")], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
-    assert not (tmp_path / "bad").exists()
 
 
 def test_losses_fall_on_every_method(tmp_path):
@@ -140,7 +137,7 @@ def test_a_suite_trains_every_row_with_every_seed_and_goes_on_where_it_stopped(t
         strict = []
         for seed, directory in zip((3, 4), seeds, strict=True):  # each is tested on its own seed's split
             method, options = evaluation.load_run(directory)
-            found = dart.evaluate(method.model, method.tokenizer, list(method.pathways.values())[-1], data.demo_problems(seed)["test"], 24)
+            found = dart.evaluate(method.model, method.tokenizer, list(method.pathways.values())[-1], data.demo_problems(seed)["test"], 4)
             strict.append(sum(record["strict"] for record in found) / 500)
         assert row["strict"] == pytest.approx(np.mean(strict)) and row["strict_sd"] == pytest.approx(np.std(strict, ddof=1))
         assert row["strict_interval"] == pytest.approx(evaluation.wilson(round(500 * sum(strict)), 1000)) and row["n"] == 1000
@@ -221,7 +218,7 @@ def test_options_of_time_and_memory_change_no_loss(tmp_path, adapters_run, monke
     real, forward = torch.compile, Block.forward
     monkeypatch.setattr(torch, "compile", lambda module, **how: compiled.append(module) or real(module, backend="eager", **how))
     monkeypatch.setattr(Block, "forward", lambda self, *inputs: entered.append(self.self_attn.plain) or forward(self, *inputs))
-    more = [*adapters_run, "--lora_dropout", "0", "--eval_size", "0", "--steps", "2"]
+    more = [*adapters_run, "--lora_dropout", "0", "--eval_size", "0", "--steps", "1"]
     want, calls = losses(run(tmp_path / "run", *more)), len(entered)
     assert not any(entered)
     for flag in ("plain", "activation_checkpointing", "compile"):
@@ -330,12 +327,6 @@ def test_two_processes_equal_one_and_one_with_accumulation(tmp_path):
         for a, b in zip(losses(one), losses(other), strict=True):
             assert a == pytest.approx(b, rel=1e-5)
         assert [r["valid"] for r in one if "valid" in r] == [r["valid"] for r in other if "valid" in r]
-
-
-def test_the_comparison_runs_on_two_processes(tmp_path):
-    done = torchrun(2, "--steps", "2", "--compare", "no-cot", "--out", str(tmp_path / "run"))
-    assert done.stdout.count("Guessing a remainder") == 1 and done.stdout.count("step 2/2") == 2  # rank 0 alone speaks
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["processes"] == 2
 
 
 # ------------------------------------------------------------------------------------------------------ resuming
