@@ -100,7 +100,7 @@ def main():
             for i in range(-2, len(mixed)):
                 for who, batches in runs.items():
                     start = synchronised(options.device)
-                    ways["generate" if who == "sorted" else who](batches[i])
+                    ways["generate" if who == "sorted" else who](batches[i % len(batches)])
                     seconds[who] += [synchronised(options.device) - start] * (i >= 0)
             mine = 1e3 * statistics.mean(seconds["ours"])
             row = {"batch": size, "method": name, "passes": new[name], "ms": 1e3 * statistics.median(seconds["ours"]),

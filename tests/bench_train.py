@@ -40,7 +40,8 @@ class Modulo:
 
     def __init__(self, tokenizer, size):
         self.tokenizer, self.size = tokenizer, size
-        self.eos_id, self.reserved = tokenizer.eos_id % size, [i % size for i in tokenizer.reserved]
+        self.bos_id, self.eos_id = tokenizer.bos_id, tokenizer.eos_id % size
+        self.reserved = [i % size for i in tokenizer.reserved]
 
     def encode(self, text, **how):
         return [i % self.size for i in self.tokenizer.encode(text, **how)]
