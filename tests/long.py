@@ -15,7 +15,8 @@ import dart
 from test_eval import compiled_answers
 from test_faults import ROOT, RUN, agent, at, close, curve, port, python, run, same, script, steps, wait_for, whole  # noqa: F401
 from test_model import compiled_layers
-from test_train import QUICK, torchrun
+from test_train import QUICK, log, losses, torchrun
+from test_train import run as quick_run
 
 HALF = """
 original = train.save_file
@@ -239,8 +240,9 @@ def test_an_agent_is_lost_and_comes_back(tmp_path):
     assert json.loads((out / "result.json").read_text())["steps"] == 12
 
 
-def test_compiled_layers_of_gpt2():
-    compiled_layers("gpt2")
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_compiled_layers_are_the_same_and_few(family):
+    compiled_layers(family)
 
 
 def test_compiled_answers_of_codi(monkeypatch):
@@ -258,3 +260,19 @@ def test_the_comparison_runs_on_two_processes(tmp_path):
     done = torchrun(2, "--steps", "2", "--compare", "no-cot", "--out", str(tmp_path / "run"))
     assert done.stdout.count("Guessing a remainder") == 1 and done.stdout.count("step 2/2") == 2  # rank 0 alone speaks
     assert json.loads((tmp_path / "run" / "config.json").read_text())["processes"] == 2
+
+
+def test_runs_side_by_side(tmp_path):
+    """Each in its own process and folder, with its name before its lines."""
+    command = [sys.executable, "train.py", *QUICK, "--compare", "no-cot", "--jobs", "2"]
+    done = subprocess.run([*command, "--out", str(tmp_path / "two")], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    quick_run(tmp_path / "one", "--compare", "no-cot")
+    for name in ("no-cot", "."):
+        beside, alone = (losses(log(tmp_path / jobs / name)) for jobs in ("two", "one"))
+        assert len(beside) == 6 + 2 and all(a == pytest.approx(b, rel=1e-4) for a, b in zip(beside, alone, strict=True))
+    lines = done.stdout.splitlines()
+    steps = [sum(line.startswith(f"{name}: step ") for line in lines) for name in ("no-cot", "dart")]
+    assert steps == [8, 8], done.stdout
+    accuracies = [[r["strict"] for r in json.loads((tmp_path / jobs / "result.json").read_text())["table"]] for jobs in ("two", "one")]
+    assert accuracies[0] == accuracies[1]

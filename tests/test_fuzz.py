@@ -29,7 +29,7 @@ from data import Tokenizer
 from model import MODELS, Adapters, ModelConfig, Transformer
 
 FIXTURES = Path(__file__).parent / "fixtures"
-INPUTS = dict(train=300, eval=300, data=300, config=800, model=800, tokenizer=800, problems=1200, run=400, question=300, checkpoint=300, resume=40)
+INPUTS = dict(train=300, eval=300, data=300, config=500, model=500, tokenizer=500, problems=800, run=250, question=200, checkpoint=200, resume=25)
 SECONDS, MEMORY = 20, 2**30  # that an input may take: far more than any does
 
 # ------------------------------------------------------------------------------------------------------------ mutations

@@ -85,28 +85,12 @@ def test_a_comparison_from_the_command_line(tmp_path):
     assert len(examples) == 1000 and sum(e["strict"] for e in examples if e["pathway"] == "st") == 500 * again["st"]["strict"]
 
 
-def test_runs_side_by_side(tmp_path):
-    """Each in its own process and folder, with its name before its lines."""
-    command = [sys.executable, "train.py", *QUICK, "--compare", "no-cot", "--jobs", "2"]
-    done = subprocess.run([*command, "--out", str(tmp_path / "two")], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    run(tmp_path / "one", "--compare", "no-cot")
-    for name in ("no-cot", "."):
-        beside, alone = (losses(log(tmp_path / jobs / name)) for jobs in ("two", "one"))
-        assert len(beside) == 6 + 2 and all(a == pytest.approx(b, rel=1e-4) for a, b in zip(beside, alone, strict=True))
-    lines = done.stdout.splitlines()
-    steps = [sum(line.startswith(f"{name}: step ") for line in lines) for name in ("no-cot", "dart")]
-    assert steps == [8, 8], done.stdout
-    accuracies = [[r["strict"] for r in json.loads((tmp_path / jobs / "result.json").read_text())["table"]] for jobs in ("two", "one")]
-    assert accuracies[0] == accuracies[1]
-
-
 def test_losses_fall_on_every_method(tmp_path):
     for method in dart.METHODS:
-        records = run(tmp_path / method, "--method", method, "--steps", "30", "--eval_size", "0", *FAST.get(method, []))
+        records = run(tmp_path / method, "--method", method, "--steps", "20", "--eval_size", "0", *FAST.get(method, []))
         for name in losses(records)[0]:
             if name != "distill":
-                assert records[29][name] < 0.75 * records[0][name], (method, name)
+                assert records[19][name] < 0.75 * records[0][name], (method, name)
 
 
 def suite(out, *more):
