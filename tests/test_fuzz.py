@@ -29,7 +29,7 @@ from data import Tokenizer
 from model import MODELS, Adapters, ModelConfig, Transformer
 
 FIXTURES = Path(__file__).parent / "fixtures"
-INPUTS = dict(train=300, eval=300, data=300, config=500, model=500, tokenizer=500, problems=800, run=250, question=200, checkpoint=200, resume=25)
+INPUTS = dict(train=300, eval=300, data=300, config=500, model=500, tokenizer=500, problems=800, run=250, question=200, checkpoint=300, resume=25)
 SECONDS, MEMORY = 20, 2**30  # that an input may take: far more than any does
 
 # ------------------------------------------------------------------------------------------------------------ mutations
@@ -479,7 +479,7 @@ def test_checkpoints(place, tmp_path, capsys):
         if run.progress.step:  # it was taken up: then the training must be able to go on
             assert run.progress.step == 2 and all(type(flops) is float for flops in run.progress.flops.values())
             run.progress = train.Progress(flops=dict.fromkeys(run.method.pathways, 0.0))
-    assert INPUTS["checkpoint"] / 50 < succeeded < INPUTS["checkpoint"] * 0.9
+    assert INPUTS["checkpoint"] / 100 < succeeded < INPUTS["checkpoint"] * 0.9
 
 
 def test_resumptions(place, tmp_path, capsys):
