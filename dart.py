@@ -1,332 +1,435 @@
-"""DART: Distilling Autoregressive Reasoning to Silent Thought (Jiang et al., EMNLP 2025), and what it is compared with.
+"""DART: Distilling Autoregressive Reasoning to Silent Thought (Jiang et al., EMNLP 2025).
 
-    CoT pathway   Q | steps, the last one dropped | Answer: | Y EOS      the weights as they are
-    ST pathway    Q | <st> x C                    | Answer: | Y EOS      the same weights, with REM on keys and values
-    learned       -   in the CoT pathway only  . . . . . .    in both
+Two pathways share one model in training. Below each part: is it learned?
 
-The CoT pathway learns to write the steps and then the answer, the ST pathway to answer at once; and in every layer the
-ST pathway's state at z_N, the last token of the separator, is pulled to the CoT pathway's. Later only the ST pathway
-answers: one forward pass over question, <st> and separator, then the answer.
+    CoT pathway   Q | steps, the last one dropped | Answer: | Y EOS    the weights as they are
+                  - | yes                         | yes     | yes
+    ST pathway    Q | <st> x C                    | Answer: | Y EOS    the same weights, REM on keys
+                  - | -                           | -       | yes      and values
+                                                          ^ z_N
 
-Two of the methods that DART is compared with, Coconut and CODI, have continuous thoughts in its place: hidden states that
-are fed back as the next inputs, one after the other (`think`).
+In every layer the ST pathway's hidden state at z_N, the separator's last token, is pulled to the
+CoT pathway's. Later only the ST pathway runs: one forward pass over question, <st> and separator,
+then the answer. The methods that DART is compared with follow behind it.
 
-Symbols are the paper's: Q question, S the C tokens <st>, Z = [steps; separator], z_N its last token, Y answer, L layers,
-n hidden size, h~ teacher (CoT) and h^ student (ST) state at z_N, sigma, lambda. Its equations are called here (1) L_CoT, (2) L_ST,
-(3) REM, (4) L_distill, (5) their sum. B is a number of rows.
+Symbols are the paper's: Q question, Z = [steps; separator] of N tokens, z_N its last one, S the C
+tokens <st>, Y answer of M tokens, L layers, n hidden size, h~ teacher (CoT) and h^ student (ST)
+state at z_N. Equations: (1) L_CoT, (2) L_ST, (3) REM (model.py), (4) L_distill, (5) their sum.
+B examples in a batch, K learned tokens in it, V vocabulary.
 """
 
-from dataclasses import dataclass, field
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 from torch import nn
-from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
-from data import Row, normalise, score
-from model import Adapters, KVCache
+from data import Example, Tokenizer, check_options, collate, normalise, option
+from data import read_bytes, read_json, replacing, score
+from model import Adapters, KVCache, ModelConfig, Transformer, digest_of, tensor_digest
 
-SEPARATOR = "Answer:"  # z_t..z_N; Y follows without a space, which in Llama 3 would be a token between z_N and Y
-
-
-def option(default, text, **limits):
-    """A field of a dataclass of options: its help text, and what `eval.check_options` holds it to: `choices`, or `low` (0 if not given)
-    and `high` of a number."""
-    return field(default=default, metadata={"help": text, **limits})
+# z_t..z_N. No space before Y: in Llama 3 it would be a token of its own, between z_N and Y.
+SEPARATOR = "Answer:"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass
 class Options:
-    """The options of a method. The defaults are the paper's (Section 3, Appendix C), and where it says nothing those of
-    the README's table."""
+    """All that a run must know to be rebuilt. The defaults are the paper's (Section 3, Appendix C),
+    and where it is silent those of the README's table "Paper vs. this code"."""
 
-    method: str = option("dart", "training method", choices=("dart", "cot", "no-cot", "pause", "icot", "coconut", "codi"))
-    n_st: int = option(20, "number C of silent tokens (dart, pause)", high=10_000)
-    last_step: str = option("auto", "the last step of the CoT in training; auto: dart and codi drop it, the others keep it",
-                            choices=("auto", "drop", "keep"))  # fmt: skip
-    distill_weight: float = option(20.0, "lambda of equation (5) (dart, codi); 0 leaves the distillation out")
-    distill_norm: str = option("auto", "of the difference of two states: mean or sum of absolute values, or mean smooth L1; "
-                               "auto: l1, in codi smooth-l1", choices=("auto", "l1", "l1-sum", "smooth-l1"))  # fmt: skip
-    distill_at: str = option("z_N", "tokens whose states are compared: the separator's last, the answer's first, or the "
-                             "separator's last and the answer with EOS", choices=("z_N", "y_1", "z_N+Y"))  # fmt: skip
-    attach_teacher: bool = option(False, "let the distillation loss train the CoT pathway, too (dart, codi)")
-    lora_rank: int = option(128, "LoRA rank on q, k, v, o (codi: in the MLP, too); 0: no LoRA, all weights are trained",
-                           high=8192)  # fmt: skip
+    # the model and the data
+    method: str = option("dart", "training method", lambda: METHODS)
+    model: str = option("", "directory of the base model: config.json, model.safetensors")
+    tokenizer: str = option("", "directory of the tokenizer, if not the model's; or demo")
+    random_init: bool = option(False, "random weights; --model may be a preset's name, too")
+    data: str = option("gsm8k-aug", "data set: demo (the built-in task), a name, or a directory")
+    data_dir: str = option("datasets", "where `python data.py NAME` puts the data sets")
+    dtype: str = option("bf16", "of the computation and of frozen weights", DTYPES)
+    seed: int = option(0, "of weights, data order and dropout")
+    max_new_tokens: int = option(256, "tokens that an answer may have, CoT included", low=1)
+    # the pathways
+    n_st: int = option(20, "number C of silent tokens (dart, pause)")
+    last_step: str = option("auto", "of the CoT; auto: dart, codi drop it", "auto drop keep")
+    # LoRA and REM
+    lora_rank: int = option(128, "rank of LoRA on q, k, v, o; 0: all weights are trained")
     lora_alpha: float = option(32.0, "LoRA is scaled by lora_alpha / lora_rank")
-    lora_dropout: float = option(0.1, "dropout on LoRA's input", high=0.99)
-    rem_rank: int = option(128, "rank d of REM (dart); 0: no REM", high=8192)
+    lora_dropout: float = option(0.1, "dropout on LoRA's input, below 1", high=0.99)
+    rem_rank: int = option(128, "rank d of REM (dart); 0: no REM")
     rem_alpha: float = option(32.0, "REM is scaled by rem_alpha / rem_rank")
-    rem_is_lora: bool = option(False, "a second LoRA on k and v, in the ST pathway only, in place of REM (dart)")
-    n_thoughts: int = option(6, "continuous thoughts (codi)", low=1, high=1000)
-    thoughts_per_step: int = option(2, "continuous thoughts for each step that is left out (coconut)", low=1, high=1000)
-    max_stage: int = option(3, "stages that each leave out one step more, before all are left out (coconut)", low=1, high=1000)
-    epochs_per_stage: float = option(3.0, "epochs of a stage (coconut)", low=0.001)
-    removal_per_epoch: float = option(8.0, "tokens of the CoT removed in an epoch (icot)", low=0.001)
-    removal_smoothing: float = option(4.0, "k more tokens are removed from a row with a probability that falls as "
-                                      "exp(-this k); 0: none (icot)")  # fmt: skip
-    remove_all_beyond: int = option(39, "once this many tokens would be removed, remove all (icot)")
+    rem_is_lora: bool = option(False, "instead of REM, a second LoRA in the ST pathway (dart)")
+    # the distillation of dart and codi
+    distill_weight: float = option(20.0, "lambda of equation (5)")
+    distill_norm: str = option("auto", "auto: l1; codi: smooth-l1", "auto l1 l1-sum smooth-l1")
+    distill_at: str = option("z_N", "tokens whose states are compared", "z_N y_1 z_N+Y")
+    attach_teacher: bool = option(False, "let the distillation train the CoT pathway, too")
+    # continuous thoughts, and steps left out in stages
+    n_latents: int = option(6, "continuous thoughts (codi)", low=1)
+    latents_per_step: int = option(2, "thoughts for each step that is left out (coconut)", low=1)
+    max_stage: int = option(3, "steps left out, one a stage, before all are (coconut)", low=1)
+    epochs_per_stage: float = option(3.0, "epochs of a stage (coconut)", low=1e-3)
+    removal_per_epoch: float = option(8.0, "CoT tokens removed in an epoch (icot)", low=1e-3)
+    removal_smoothing: float = option(4.0, "P(k more are) falls as exp(-this k); 0: none (icot)")
+    remove_all_beyond: int = option(39, "removed tokens from which on all are removed (icot)")
+
+    @property
+    def whole(self):
+        """Do the run's own files hold all weights? Else the base model is needed beside them."""
+        return self.random_init or not self.lora_rank
 
 
-# ---------------------------------------------------------------------------------------------------------- pathways
+# ------------------------------------------------------------------------------------- pathways
 
 
 @dataclass(frozen=True)
 class Pathway:
-    """What stands between question and answer, and whether it is read with REM."""
+    """What stands between question and answer, and whether it is read with REM.
 
-    steps: bool = False  # the steps of the CoT, which the model writes itself
-    drop_last_step: bool = False  # in training: the last step mostly spells the answer, which would be copied from it
-    skip_steps: int = 0  # in training: leave out this many steps from the front,
-    skip_tokens: int = 0  # this many tokens from the front of the CoT
-    n_fill: int = 0  # C silent tokens ...
-    fill_id: int = -1  # ... of this id
+    Question, steps, separator and answer are encoded one by one and joined as ids. So z_N is where
+    we put it, whatever the tokenizer would merge across the seams.
+    """
+
     silent: bool = False  # REM on
-    marks: tuple = ()  # ids before and after ...
-    thoughts: int = 0  # ... this many continuous thoughts (their places hold the first mark's id, which is not read there)
+    n_silent: int = 0  # C tokens <st>
+    n_latents: int | None = None  # continuous thoughts, between <bot> and <eot>; None: not these
+    special_ids: tuple = ()  # of <st>, or of <bot> and <eot>
+    steps: bool = False  # the model writes steps and separator itself
+    # in training only
+    drop_last_step: bool = False  # it mostly spells the answer, which would be copied from it
+    skip_steps: int = 0  # steps left out from the front
+    skip_tokens: int = 0  # tokens left out from the front of the CoT
 
     def prompt(self, question, tokenizer):
-        """The ids before the first one that the model writes itself. ValueError for a question that is empty, or that the
-        tokenizer cannot encode."""
-        asked = tokenizer.encode(normalise(question), bos=True, eos=False)
-        if len(asked) == (tokenizer.bos_id is not None):
+        """The Example of all that stands before the first token that the model writes.
+
+        ValueError for an empty question, or one that the tokenizer cannot encode."""
+        ids = tokenizer.encode(normalise(question), bos=True, eos=False)
+        if len(ids) == (tokenizer.bos_id is not None):
             raise ValueError(f"the question is empty: {question[:60]!r}")
-        ids = asked + [self.fill_id] * self.n_fill
-        if self.marks:
-            ids += [self.marks[0]] * (1 + self.thoughts) + [self.marks[1]]
-        return ids if self.steps else ids + self.separator(tokenizer)
+        ids += self.n_silent * list(self.special_ids[:1])
+        latent_start = len(ids) + 1
+        if self.n_latents is not None:
+            bot, eot = self.special_ids[:2]
+            ids += [bot] + self.n_latents * [bot] + [eot]  # a thought's own id is not read
+        if not self.steps:
+            ids += separator_ids(tokenizer)
+        ids = np.array(ids, dtype=np.int32)
+        return Example(ids, len(ids), len(ids), latent_start, self.n_latents or 0)
 
-    def separator(self, tokenizer):
-        return tokenizer.encode(SEPARATOR, bos=False, eos=False, continued=True)
-
-    def start(self, prompt_length, tokenizer):
-        """The index of the first thought."""
-        return prompt_length - (0 if self.steps else len(self.separator(tokenizer))) - 1 - self.thoughts
-
-    def row(self, problem, tokenizer):
-        """The row that is learned: prompt, Z where the model writes it, Y and EOS. The pieces are encoded one by one, so
-        that z_N is where we put it, whatever the tokenizer would merge across the seams."""
-        prompt, z = self.prompt(problem.question, tokenizer), []
+    def example(self, problem, tokenizer):
+        """The Example that is learned: the prompt, Z where the model writes it, Y and EOS."""
+        prompt = self.prompt(problem.question, tokenizer)
+        z = []
         if self.steps:
             steps = problem.steps[self.skip_steps : -1 if self.drop_last_step else None]
-            z = tokenizer.encode(" ".join(steps), bos=False, eos=False, continued=True)[self.skip_tokens :]
-            z += self.separator(tokenizer)
+            z = tokenizer.encode(" ".join(steps), bos=False, eos=False, continued=True)
+            z = z[self.skip_tokens :] + separator_ids(tokenizer)
         y = tokenizer.encode(problem.answer, bos=False, eos=True, continued=True)
-        return Row(np.array(prompt + z + y, dtype=np.int32), len(prompt), len(prompt) + len(z),
-                   self.start(len(prompt), tokenizer) if self.marks else 0, self.thoughts)  # fmt: skip
+        ids = np.concatenate((prompt.ids, np.array(z + y, dtype=np.int32)))
+        return prompt._replace(ids=ids, y_start=prompt.z_start + len(z))
 
-    def read(self, text):
-        """The answer in what the model wrote: all of it, or what follows the last separator ('' where there is none)."""
+    def extract_answer(self, text):
+        """The answer in what the model wrote: what follows the last separator, if it writes one."""
         if not self.steps:
             return text
         return text.rpartition(SEPARATOR)[2] if SEPARATOR in text else ""
 
 
-# ------------------------------------------------------------------------------------------------ continuous thoughts
+def separator_ids(tokenizer):
+    return tokenizer.encode(SEPARATOR, bos=False, eos=False, continued=True)
 
 
-def think(model, ids, start, end, thoughts, cache=None, at=None):
-    """A pass over rows with continuous thoughts (Coconut, CODI): in the place of ids[b, start_b : start_b + thoughts], each
-    one is the hidden state before it, through the model's projector where it has one.
+# --------------------------------------------------------------------------------------- losses
 
-    ids [B, T], rows of the lengths end [B]; start [B], thoughts > 0; at: as in `Transformer.forward` -> (hidden [B, R, n] from
-    the last thought on, first [B]: that thought's index in its row, states at `at`). The thoughts come one after the other, through the
-    cache, and so do the gradients. Padding may stand at positions behind all rows.
-    """
-    rows, first = torch.arange(len(ids), device=ids.device), start + thoughts - 1
-    positions = first[:, None] + torch.arange(int((end - first).max()), device=ids.device)  # [B, R]; beyond `end`: padding
-    if cache is None:
-        cache = KVCache(model.config, len(ids), int(positions.max()) + 1, model.compute_dtype, ids.device)
-    embed_thought = model.projector or (lambda hidden: hidden)
-    hidden = model(ids[:, : int(start.max())], cache=cache)[rows, start - 1]  # [B, n]
-    for i in range(thoughts - 1):
-        hidden = model(embed_thought(hidden)[:, None], positions=(start + i)[:, None], cache=cache)[:, 0]
-    x = model.embed(ids.gather(1, positions.clamp(max=ids.shape[1] - 1))).to(hidden.dtype)
-    x = torch.cat((embed_thought(hidden)[:, None], x[:, 1:]), dim=1)  # [B, R, n]
-    if at is None:
-        return model(x, positions=positions, cache=cache), first, None
-    row, col = at
-    hidden, states = model(x, positions=positions, cache=cache, at=(row, col - first[row]))
-    return hidden, first, states
+LOGITS = 2**25  # so many logits are held at a time
 
 
-# ------------------------------------------------------------------------------------------------------------ losses
+def cross_entropy(model, hidden, targets, weights):
+    """Equations (1) and (2): sum_k weights_k * -log p(targets_k); the weights are 1/N and 1/M.
 
-
-LOGITS = 2**25  # at most this many are held at a time in training
-
-
-def cross_entropy(model, hidden, batch, first=0):
-    """Equations (1) and (2): per row, the mean over Z, where it is learned, plus the mean over Y; then the mean over the
-    rows. hidden [B, T, n], from the index `first` (or [B]) on -> scalar. Logits are computed for the K learned tokens only."""
-    first = first if isinstance(first, int) else first[batch.row]
-    hidden = hidden[batch.row, batch.col - 1 - first]  # [K, n]
-    target, weight = batch.ids[batch.row, batch.col], batch.weight / len(batch.ids)
-    if model.plain:
-        return (F.cross_entropy(model.logits(hidden).float(), target, reduction="none") * weight).sum()
-    return ChunkedCrossEntropy.apply(hidden, model.head, target, weight, max(1, LOGITS // len(model.head)))
-
-
-class ChunkedCrossEntropy(torch.autograd.Function):
-    """sum_k weight_k CE(head hidden_k, target_k), some rows at a time: their gradient is computed beside their loss, so that never
-    more than a chunk of the logits [K, V] is there. (A checkpoint of each chunk would compute its logits twice.)
-
-    hidden [K, n], head [V, n], target [K], weight [K], chunk: a number of rows -> scalar
+    hidden [K, n], the states before the targets; targets, weights [K] -> scalar. Logits are made
+    for learned tokens only, some at a time, and made again for the backward pass: all at once
+    they would take more memory than the rest of the step.
     """
 
-    @staticmethod
-    def forward(ctx, hidden, head, target, weight, chunk):
-        train_hidden, train_head = ctx.needs_input_grad[:2]
-        cast, loss = head.to(hidden.dtype), torch.zeros((), device=hidden.device)
-        d_hidden = torch.empty_like(hidden) if train_hidden else None
-        d_head = torch.zeros_like(head) if train_head else None
-        for rows in (slice(start, start + chunk) for start in range(0, len(hidden), chunk)):
-            logits = F.linear(hidden[rows], cast).float()
-            log_z = logits.logsumexp(1, keepdim=True)
-            at = target[rows, None]
-            loss += ((log_z - logits.gather(1, at))[:, 0] * weight[rows]).sum()
-            d_logits = logits.sub_(log_z).exp_()  # softmax - onehot, times the weight
-            d_logits.scatter_add_(1, at, torch.full_like(at, -1, dtype=d_logits.dtype)).mul_(weight[rows, None])
-            d_logits = d_logits.to(hidden.dtype)
-            if train_hidden:
-                d_hidden[rows] = d_logits @ cast
-            if train_head:
-                d_head += (d_logits.T @ hidden[rows]).to(head.dtype)
-        ctx.save_for_backward(d_hidden, d_head)
-        return loss
+    def chunk_loss(hidden, targets, weights):
+        logits = model.logits(hidden).float()  # [rows, V]
+        return (F.cross_entropy(logits, targets, reduction="none") * weights).sum()
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_loss):
-        d_hidden, d_head = (None if part is None else part * d_loss for part in ctx.saved_tensors)
-        return d_hidden, d_head, None, None, None
+    rows = max(1, LOGITS // model.config.vocab_size)
+    chunks = zip(hidden.split(rows), targets.split(rows), weights.split(rows), strict=True)
+    return sum(checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks)
+
+
+def distill_loss(teacher, student, sigma=None, norm="l1", weights=None):
+    """Equation (4): 1/L sum_l ||h~_l - h^_l||_1 / sigma(h~_l) -> scalar.
+
+    teacher, student [L, B, n], the caller detaches the teacher; sigma [L], by default that of this
+    teacher. The L1 norm is a mean over n, and there is a mean over B (or weights [B] of sum 1).
+    norm: see Options.distill_norm.
+    """
+    teacher, student = teacher.float(), student.float()
+    sigma = global_std([teacher]) if sigma is None else sigma
+    if norm == "smooth-l1":
+        distance = F.smooth_l1_loss(student, teacher, reduction="none").mean(dim=2)  # [L, B]
+    else:
+        distance = (teacher - student).abs().sum(dim=2)
+        distance = distance / (1 if norm == "l1-sum" else teacher.shape[2])
+    distance = distance.mean(dim=1) if weights is None else distance @ weights  # [L]
+    return (distance / sigma.clamp(min=1e-6)).mean()
 
 
 def global_std(states):
-    """sigma(h~) of equation (4): per layer, the standard deviation over the rows and the hidden dimension.
+    """sigma of equation (4): per layer the standard deviation over the global batch and n.
 
-    states: the [L, B, n] of each of this process's micro-batches -> [L], over those of all processes: the loss does not
-    depend on how a batch is split.
+    states: a list of [L, B_i, n], this process's micro-batches -> [L], over those of all processes:
+    the loss does not depend on how a batch is split. No gradient goes through it.
     """
-    x = torch.cat(states, dim=1).detach().float().flatten(1)  # [L, rows * n]
+    x = torch.cat(states, dim=1).detach().float().flatten(1)  # [L, B * n]
     count = all_reduce(torch.tensor(float(x.shape[1]), device=x.device))
-    mean = all_reduce(x.sum(1)) / count
-    return (all_reduce((x - mean[:, None]).square().sum(1)) / (count - 1).clamp(min=1)).sqrt()
+    mean = all_reduce(x.sum(dim=1)) / count
+    variance = all_reduce((x - mean[:, None]).square().sum(dim=1)) / (count - 1).clamp(min=1)
+    return variance.sqrt()
 
 
 def all_reduce(tensor, op=dist.ReduceOp.SUM):
-    """The tensor, with the sum (or other) of all processes' in it."""
+    """The tensor, summed over all processes."""
     if dist.is_initialized():
         dist.all_reduce(tensor, op)
     return tensor
 
 
-def distill_loss(teacher, student, sigma=None, attached=False, norm="l1", weight=None):
-    """Equation (4): (1/L) sum_l mean |h~_l - h^_l| / sigma_l, a scalar. The mean, over B and n, stands for the L1 norm.
-
-    teacher, student [L, B, n]; sigma [L], where None that of the teacher given here. The teacher gets no gradient
-    unless it is `attached`; sigma never does, and is kept off 0. norm: the alternatives of Options.distill_norm. weight [B],
-    with the sum 1, replaces the mean over B. (In training B stands for the P states that are compared.)
-    """
-    sigma = global_std([teacher]) if sigma is None else sigma
-    teacher, student = (teacher if attached else teacher.detach()).float(), student.float()
-    if norm == "smooth-l1":
-        distance = F.smooth_l1_loss(student, teacher, reduction="none").mean(2)  # [L, B]
-    else:
-        distance = (teacher - student).abs().sum(2) / (1 if norm == "l1-sum" else teacher.shape[2])
-    distance = distance.mean(1) if weight is None else distance @ weight  # [L]
-    return (distance / sigma.clamp(min=1e-6)).mean()
+# ----------------------------------------------------------------------------------------- DART
 
 
-# ----------------------------------------------------------------------------------------------------------- methods
+class MicroBatch(NamedTuple):
+    """What fits into one forward pass of each pathway."""
 
-ALL = 10**9  # the stage of a method that leaves out all of the CoT
+    batches: dict  # pathway name -> data.Batch, of the same problems
+    share: float  # of this process's part of the global batch: the weight of its losses
+    seed: int  # of dropout
 
 
 class Method(nn.Module):
-    """A way of training, around the model. A subclass says which pathways there are and what a step passes through.
+    """A way of training. A subclass names its pathways and writes out its step.
 
-    pathways: name -> Pathway. Questions are answered through the last one, `answers_through`.
+    pathways: name -> Pathway. Questions are answered through the last one, `inference_pathway`.
     """
 
+    uses = ()  # the options that this method reads and others may not
     drops_last_step = False  # by default
-    norm = "l1"  # of the distillation, by default
-    train_special = False  # are the rows of its special ids trained, though the base is frozen?
-
-    @classmethod
-    def special(cls, options):
-        """The number of its special ids: silent tokens, or marks of thoughts."""
-        return 0
+    distill_norm = "l1"  # by default
+    n_special_tokens = 0  # <st>, or <bot> and <eot>
+    trains_special_tokens = False  # also where the base is frozen
 
     @classmethod
     def adapters(cls, tokenizer, options, **more):
-        """The model.Adapters that this method asks of the model: special ids are those that the tokenizer has in reserve,
-        if it has so many, else rows behind the vocabulary."""
-        rows = cls.special(options)
-        if len(tokenizer.reserved) >= rows and not cls.train_special:
-            rows = 0
-        return Adapters(lora_rank=options.lora_rank, lora_alpha=options.lora_alpha, lora_dropout=options.lora_dropout,
-                        extra_rows=rows, train_extra_rows=cls.train_special or not options.lora_rank, **more)  # fmt: skip
+        """The model.Adapters of this method. Its special tokens are ids that the tokenizer has in
+        reserve, if there are enough and they stay frozen, else new embeddings."""
+        n = cls.n_special_tokens
+        if len(tokenizer.reserved) >= n and not cls.trains_special_tokens:
+            n = 0
+        trained = cls.trains_special_tokens or not options.lora_rank
+        lora = {
+            name: getattr(options, name) for name in ("lora_rank", "lora_alpha", "lora_dropout")
+        }
+        return Adapters(new_embeddings=n, train_new_embeddings=trained, **lora, **more)
 
     def __init__(self, model, tokenizer, options):
         super().__init__()
         self.model, self.tokenizer, self.options = model, tokenizer, options
-        V, rows = model.config.vocab_size, model.adapters.extra_rows
-        self.special_ids = tuple(range(V, V + rows)) if rows else tokenizer.reserved[: self.special(options)]
-        self.fill_id = self.special_ids[0] if self.special_ids else -1
-        self.drop = options.last_step == "drop" or (options.last_step == "auto" and self.drops_last_step)
+        V, n = model.config.vocab_size, model.adapters.new_embeddings
+        self.special_ids = tuple(range(V, V + n)) or tuple(tokenizer.reserved)
+        drops = {"drop": True, "keep": False, "auto": self.drops_last_step}
+        self.drop_last_step = drops[options.last_step]
         self.pathways = self.make_pathways()
-        self.answers_through = list(self.pathways)[-1]
+        self.inference_pathway = list(self.pathways)[-1]
 
-    def stage(self, step, steps_per_epoch):
-        """How much of the CoT is left out in the step (0, 1, ...): None for methods that always keep it, else 0, 1, ... up to ALL. Where it
-        changes, the optimizer starts anew."""
-        return None
+    def distill_positions(self, batch):
+        """The P tokens whose states are compared (Options.distill_at): (row, col, weights), each
+        [P]; the weights' sum is 1."""
+        first = batch.z_n + (self.options.distill_at == "y_1")
+        last = batch.lengths - 1 if self.options.distill_at == "z_N+Y" else first
+        columns = torch.arange(batch.ids.shape[1], device=first.device)
+        chosen = (columns >= first[:, None]) & (columns <= last[:, None])  # [B, T]
+        row, col = chosen.nonzero(as_tuple=True)
+        return row, col, 1 / (chosen.sum(dim=1)[row] * len(chosen))
 
-    def training_pathway(self, name, stage, draw):
-        """The Pathway that a row is laid out by; draw: the row's random number in [0, 1)."""
-        return self.pathways[name]
+    def forward(self, pathway, batch):
+        """One pass -> (loss, states): the cross-entropy, a mean over the examples, and all layers'
+        states [L, P, n] at `distill_positions`."""
+        *positions, _ = self.distill_positions(batch)
+        before, silent = (batch.target_row, batch.target_col - 1), self.pathways[pathway].silent
+        hidden, states = hidden_at(self.model, batch, before, silent, capture=positions)
+        targets = batch.ids[batch.target_row, batch.target_col]
+        return cross_entropy(self.model, hidden, targets, batch.weights), states
 
-    def compared(self, batch):
-        """The P tokens whose states are compared (Options.distill_at): (row [P], col [P], weight [P] with the sum 1)."""
-        row, col, count = torch.arange(len(batch.at), device=batch.at.device), batch.at, torch.ones_like(batch.at)
-        if self.options.distill_at == "y_1":
-            col = col + 1
-        elif self.options.distill_at == "z_N+Y":
-            y = batch.col > batch.at[batch.row]
-            row, col, count = torch.cat((row, batch.row[y])), torch.cat((col, batch.col[y])), batch.end - batch.at
-        return row, col, 1 / (count[row] * len(batch.at))
+    def training_step(self, forward, micro_batches):
+        """Adds up the gradients of one optimizer step -> {loss: value}, this process's means.
 
-    def forward(self, name, batch, teacher=None, sigma=None):
-        """One pass through the pathway `name`: (losses, states that are compared [L, P, n]). A loss is a mean over the B rows;
-        the cross-entropy goes by the pathway's name, and 'distill' is there where there is a teacher."""
-        *at, weight = self.compared(batch)
-        if batch.thoughts:
-            hidden, first, states = think(self.model, batch.ids, batch.start, batch.end, batch.thoughts, at=at)
-        else:
-            first = 0 if self.model.plain else batch.tail
-            hidden, states = self.model(batch.ids, self.pathways[name].silent, at=at, tail=first)
-        losses = {name: cross_entropy(self.model, hidden, batch, first)}
-        if teacher is not None:
-            norm = self.norm if self.options.distill_norm == "auto" else self.options.distill_norm
-            losses["distill"] = distill_loss(teacher, states, sigma, self.options.attach_teacher, norm, weight)
-        return losses, states
-
-    def passes(self, run_pass, micro_batches):
-        """The passes of one optimizer step over this process's micro-batches, each with `batches`, {pathway: Batch}.
-
-        Yields (micro-batch, {name: loss}) for the caller to back-propagate before it asks for the next. `run_pass` is
-        `forward` with one more argument: sync=True in the step's last pass, where the processes add up their gradients.
+        forward(pathway, micro_batch, sync): `Method.forward`, perhaps in several processes, which
+        add up their gradients in the backward pass of the one call with sync=True.
         """
         (name,) = self.pathways
+        total = 0.0
         for micro in micro_batches:
-            yield micro, run_pass(name, micro.batches[name], sync=micro is micro_batches[-1])[0]
+            loss, _ = forward(name, micro, sync=micro is micro_batches[-1])
+            (micro.share * loss).backward()
+            total += micro.share * loss.detach()
+        return {name: total}
 
-    def total(self, losses):
-        """Equation (5)."""
-        return sum(self.options.distill_weight * loss if name == "distill" else loss for name, loss in losses.items())
+    def stage(self, step, steps_per_epoch):
+        """How much of the CoT is left out after `step` steps: 0, 1, ... FINAL_STAGE; None where
+        nothing ever is. The optimizer starts anew where it changes."""
+        return None
+
+    def training_pathway(self, name, stage, u):
+        """The Pathway of an example at a stage; u: its random number in [0, 1)."""
+        return self.pathways[name]
+
+    def cot_pathway(self, **more):
+        return Pathway(steps=True, drop_last_step=self.drop_last_step, **more)
+
+    def answer(self, questions, pathway=None, max_new_tokens=None, batch_size=64):
+        """list[Answer] to a list of questions, through the pathway of that name."""
+        pathway = self.pathways[pathway or self.inference_pathway]
+        new = max_new_tokens or self.options.max_new_tokens
+        return answer(self.model, self.tokenizer, pathway, questions, new, batch_size)
+
+
+class DART(Method):
+    """Both pathways, and the distillation between them (Section 3)."""
+
+    uses = ("n_st", "last_step", "rem_rank", "rem_alpha", "rem_is_lora")
+    uses += ("distill_weight", "distill_norm", "distill_at", "attach_teacher")
+    drops_last_step = True
+    n_special_tokens = 1
+
+    @classmethod
+    def adapters(cls, tokenizer, options):
+        rem = {name: getattr(options, name) for name in ("rem_rank", "rem_alpha", "rem_is_lora")}
+        return super().adapters(tokenizer, options, **rem)
+
+    def make_pathways(self):
+        st = Pathway(silent=True, n_silent=self.options.n_st, special_ids=self.special_ids)
+        return {"cot": self.cot_pathway(), "st": st}
+
+    def training_step(self, forward, micro_batches):
+        """Equation (5): L_CoT + L_ST + lambda L_distill.
+
+        All passes of the teacher, then sigma over the whole batch, then those of the student. The
+        teacher is detached, so its graph is gone before the student's is built.
+        """
+        attached, teacher, student = self.options.attach_teacher, *self.pathways
+        cot_losses, teacher_states = [], []
+        for micro in micro_batches:
+            loss_cot, h_teacher = forward(teacher, micro, sync=False)
+            if not attached:
+                (micro.share * loss_cot).backward()
+                loss_cot, h_teacher = loss_cot.detach(), h_teacher.detach()
+            cot_losses.append(loss_cot)
+            teacher_states.append(h_teacher)
+
+        sigma = global_std(teacher_states)
+        norm, totals = self.options.distill_norm, torch.zeros(3, device=sigma.device)
+        norm = self.distill_norm if norm == "auto" else norm
+        for micro, loss_cot, h_teacher in zip(
+            micro_batches, cot_losses, teacher_states, strict=True
+        ):
+            loss_st, h_student = forward(student, micro, sync=micro is micro_batches[-1])
+            *_, weights = self.distill_positions(micro.batches[student])
+            loss_distill = distill_loss(h_teacher, h_student, sigma, norm, weights)
+            loss = loss_st + self.options.distill_weight * loss_distill
+            (micro.share * (loss + loss_cot if attached else loss)).backward()
+            losses = torch.stack((loss_cot, loss_st, loss_distill)).detach()
+            totals += micro.share * losses
+        return dict(zip((teacher, student, "distill"), totals, strict=True))
+
+
+# -------------------------------------------------------------------------------------- answers
+
+
+def hidden_at(model, batch, tokens, silent=False, cache=None, capture=None):
+    """A pass over a batch -> hidden states [K, n] after the final norm at tokens = (row, col), and
+    with capture = (row, col), each [P], also every layer's states there, [L, P, n]; else None."""
+    if batch.n_latents:
+        return hidden_behind_latents(model, batch, tokens, cache, capture)
+    first, (row, col) = batch.first_needed, tokens
+    result = model(batch.ids, silent, cache=cache, capture=capture, first_needed=first)
+    hidden, states = (result, None) if capture is None else result
+    return hidden[row, col - first], states
+
+
+class Answer(NamedTuple):
+    text: str  # what the model wrote, up to EOS
+    passes: int  # forward passes: the tokens written, EOS among them, and continuous thoughts
+
+
+@torch.no_grad()
+def generate(model, tokenizer, pathway, prompts, max_new_tokens):
+    """Greedy decoding. prompts: B Examples of `Pathway.prompt`, of any lengths -> B lists of ids,
+    each up to its EOS, which is included. What a row gets does not depend on the others."""
+    if model.merged not in (None, "silent" if pathway.silent else "cot"):
+        raise ValueError(f"the weights were merged for the {model.merged} pathway")
+    batch = collate(prompts, tokenizer.eos_id).to(model.device)
+    (B, T), rows = batch.ids.shape, torch.arange(len(prompts), device=model.device)
+    cache = KVCache(model.config, B, T + max_new_tokens, model.compute_dtype, model.device)
+    hidden, _ = hidden_at(model, batch, (rows, batch.lengths - 1), pathway.silent, cache)  # [B, n]
+    written, done = [], torch.zeros(B, dtype=torch.bool, device=model.device)
+    for i in range(max_new_tokens):
+        written.append(model.logits(hidden).argmax(dim=-1))  # [B]
+        done |= written[-1] == tokenizer.eos_id
+        if done.all() or i == max_new_tokens - 1:
+            break
+        ids, positions = written[-1][:, None], (batch.lengths + i)[:, None]  # [B, 1]
+        hidden = model(ids, pathway.silent, positions, cache, kv_length=T + i + 1)[:, 0]
+    ids, eos = torch.stack(written, dim=1).tolist(), tokenizer.eos_id
+    return [row[: row.index(eos) + 1] if eos in row else row for row in ids]
+
+
+def answer(model, tokenizer, pathway, questions, max_new_tokens, batch_size=64):
+    """list[Answer] to a list of questions, in batches of about one length."""
+    prompts = [pathway.prompt(question, tokenizer) for question in questions]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
+    answers = [None] * len(prompts)
+    training = model.training
+    model.eval()
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        chosen_prompts = [prompts[i] for i in chosen]
+        rows = generate(model, tokenizer, pathway, chosen_prompts, max_new_tokens)
+        for i, row in zip(chosen, rows, strict=True):
+            text = tokenizer.decode(row[:-1] if row[-1] == tokenizer.eos_id else row)
+            answers[i] = Answer(text, len(row) + (pathway.n_latents or 0))
+    model.train(training)
+    return answers
+
+
+def evaluate(model, tokenizer, pathway, problems, max_new_tokens, batch_size=64):
+    """Answers and scores problems (`data.score`) -> one dictionary a problem."""
+    questions = [problem.question for problem in problems]
+    answers = answer(model, tokenizer, pathway, questions, max_new_tokens, batch_size)
+    records = []
+    for problem, (text, passes) in zip(problems, answers, strict=True):
+        answered = pathway.extract_answer(text).strip()
+        exact, numeric = score(answered, problem.answer)
+        asked = dict(question=problem.question, gold=problem.answer, text=text, answer=answered)
+        records.append(dict(**asked, exact=exact, numeric=numeric, passes=passes))
+    return records
+
+
+# -------------------------------------------------------------- the methods DART is compared with
+
+FINAL_STAGE = 10**9  # of a method that leaves out all of the CoT in the end
 
 
 class NoCoT(Method):
@@ -337,190 +440,245 @@ class NoCoT(Method):
 
 
 class Pause(Method):
-    """PauseFT (Goyal et al. 2024): Q | <pause> x C | Answer: | Y EOS, the embedding of <pause> trained."""
+    """PauseFT (Goyal et al. 2024): Q | <pause> x C | Answer: | Y EOS, <pause> is trained."""
 
-    train_special = True
-
-    @classmethod
-    def special(cls, options):
-        return int(options.n_st > 0)
+    uses = ("n_st",)
+    n_special_tokens = 1
+    trains_special_tokens = True
 
     def make_pathways(self):
-        return {"pause": Pathway(n_fill=self.options.n_st, fill_id=self.fill_id)}
+        return {"pause": Pathway(n_silent=self.options.n_st, special_ids=self.special_ids)}
 
 
 class CoT(Method):
     """Fine-tuning on the steps: Q | steps | Answer: | Y EOS, with the loss of equation (1)."""
 
+    uses = ("last_step",)
+
     def make_pathways(self):
-        return {"cot": Pathway(steps=True, drop_last_step=self.drop)}
+        return {"cot": self.cot_pathway()}
 
 
 class ICoT(Method):
-    """Stepwise internalisation (iCoT-SI, Deng et al. 2024): Q | steps but their first s tokens | Answer: | Y EOS. s grows by
-    one at regular intervals, some rows are a few tokens ahead, and in the end none is left."""
+    """Stepwise internalisation (iCoT-SI, Deng et al. 2024): Q | steps but their first s tokens |
+    Answer: | Y EOS. s grows at regular intervals until no step is left."""
+
+    uses = ("last_step", "removal_per_epoch", "removal_smoothing", "remove_all_beyond")
 
     def stage(self, step, steps_per_epoch):
         s = step // max(1, round(steps_per_epoch / self.options.removal_per_epoch))
-        return s if s < self.options.remove_all_beyond else ALL
+        return s if s < self.options.remove_all_beyond else FINAL_STAGE
 
-    def training_pathway(self, name, stage, draw):
-        """P(k tokens more) is proportional to exp(-removal_smoothing k)."""
-        if stage == ALL:
+    def training_pathway(self, name, stage, u):
+        """Some examples are k tokens ahead: P(k) is proportional to exp(-removal_smoothing k)."""
+        if stage == FINAL_STAGE:
             return self.pathways[name]
-        smoothing = self.options.removal_smoothing
-        ahead = int(min(float(-np.log1p(-draw)) / smoothing, ALL)) if smoothing else 0
-        return Pathway(steps=True, drop_last_step=self.drop, skip_tokens=stage + ahead)
+        smoothing, ahead = self.options.removal_smoothing, 0
+        if smoothing:
+            ahead = int(min(-np.log1p(-u) / smoothing, FINAL_STAGE))
+        return self.cot_pathway(skip_tokens=stage + ahead)
 
     def make_pathways(self):
         return {"icot": Pathway()}
 
 
 class Coconut(Method):
-    """Continuous thoughts (Hao et al. 2024): Q | <bot> | c k thoughts | <eot> | steps but the first k | Answer: | Y EOS. k
-    grows by one at each stage; after max_stage of them all steps are left out, and the thoughts stay."""
+    """Continuous thoughts (Hao et al. 2024): Q | <bot> | c k thoughts | <eot> | steps but the first
+    k | Answer: | Y EOS. k grows by one at each stage; in the end all steps are left out."""
 
-    train_special = True
-
-    @classmethod
-    def special(cls, options):
-        return 2
+    uses = ("last_step", "latents_per_step", "max_stage", "epochs_per_stage")
+    n_special_tokens = 2
+    trains_special_tokens = True
 
     def stage(self, step, steps_per_epoch):
         k = int(step / steps_per_epoch / self.options.epochs_per_stage)
-        return k if k <= self.options.max_stage else ALL
+        return k if k <= self.options.max_stage else FINAL_STAGE
 
-    def training_pathway(self, name, stage, draw):
-        if stage == ALL:
+    def training_pathway(self, name, stage, u):
+        if stage == FINAL_STAGE:
             return self.pathways[name]
-        return Pathway(steps=True, drop_last_step=self.drop, skip_steps=stage, marks=self.special_ids,
-                       thoughts=stage * self.options.thoughts_per_step)  # fmt: skip
+        n = stage * self.options.latents_per_step
+        return self.cot_pathway(skip_steps=stage, n_latents=n, special_ids=self.special_ids)
 
     def make_pathways(self):
-        thoughts = self.options.max_stage * self.options.thoughts_per_step
-        return {"coconut": Pathway(marks=self.special_ids, thoughts=thoughts)}
-
-
-class DART(Method):
-    """Both pathways, equations (1) and (2), and the distillation between them, (4) (Section 3)."""
-
-    drops_last_step = True
-
-    @classmethod
-    def special(cls, options):
-        return int(options.n_st > 0)
-
-    @classmethod
-    def adapters(cls, tokenizer, options):
-        return super().adapters(tokenizer, options, rem_rank=options.rem_rank, rem_alpha=options.rem_alpha,
-                                rem_is_lora=options.rem_is_lora)  # fmt: skip
-
-    def make_pathways(self):
-        return {"cot": Pathway(steps=True, drop_last_step=self.drop),
-                "st": Pathway(n_fill=self.options.n_st, fill_id=self.fill_id, silent=True)}  # fmt: skip
-
-    def passes(self, run_pass, micro_batches):
-        """All passes of the teacher, sigma over the whole batch, then all of the student. A detached teacher's graph is gone
-        before the student's is built; an attached one's stays until the student's pass of the same rows."""
-        (teacher, student), attached, taught = self.pathways, self.options.attach_teacher, []
-        for micro in micro_batches:
-            losses, h = run_pass(teacher, micro.batches[teacher], sync=False)
-            taught.append((losses, h) if attached else ({}, h.detach()))
-            if not attached:
-                yield micro, losses
-        distill = self.options.distill_weight > 0
-        sigma = global_std([h for _, h in taught]) if distill else None
-        for micro, (kept, h) in zip(micro_batches, taught, strict=True):
-            losses, _ = run_pass(student, micro.batches[student], h if distill else None, sigma, sync=micro is micro_batches[-1])
-            yield micro, kept | losses
+        n = self.options.max_stage * self.options.latents_per_step
+        return {"coconut": Pathway(n_latents=n, special_ids=self.special_ids)}
 
 
 class CODI(DART):
-    """Continuous thoughts by distillation in one stage (Shen et al. 2025): the teacher's CoT beside Q | <bot> | thoughts | <eot>
-    | Answer: | Y EOS, each thought through a projector; LoRA in the MLP, too."""
+    """Continuous thoughts by distillation (Shen et al. 2025): DART's step, with the CoT pathway as
+    the teacher of Q | <bot> | thoughts | <eot> | Answer: | Y EOS. LoRA in the MLP, too."""
 
-    norm = "smooth-l1"
-
-    @classmethod
-    def special(cls, options):
-        return 2
+    uses = ("last_step", "n_latents")
+    uses += ("distill_weight", "distill_norm", "distill_at", "attach_teacher")
+    distill_norm = "smooth-l1"
+    n_special_tokens = 2
 
     @classmethod
     def adapters(cls, tokenizer, options):
-        return super(DART, cls).adapters(tokenizer, options, lora_mlp=True, projector=True)
+        everywhere = Adapters.lora_on + ("gate_proj", "up_proj", "down_proj")
+        more = dict(lora_on=everywhere, projector=True)
+        return super(DART, cls).adapters(tokenizer, options, **more)
 
     def make_pathways(self):
-        return {"cot": Pathway(steps=True, drop_last_step=self.drop),
-                "codi": Pathway(marks=self.special_ids, thoughts=self.options.n_thoughts)}  # fmt: skip
+        codi = Pathway(n_latents=self.options.n_latents, special_ids=self.special_ids)
+        return {"cot": self.cot_pathway(), "codi": codi}
 
 
-METHODS = {"dart": DART, "cot": CoT, "no-cot": NoCoT, "pause": Pause, "icot": ICoT, "coconut": Coconut, "codi": CODI}
-
-# --------------------------------------------------------------------------------------------------------- answering
-
-
-class Answer(NamedTuple):
-    text: str  # what the model wrote, up to EOS
-    passes: int  # forward passes that it took: the tokens written, EOS among them, and the continuous thoughts
-
-
-@torch.no_grad()
-def generate(model, tokenizer, pathway, prompts, max_new_tokens):
-    """Greedy decoding. prompts: B lists of ids, of any lengths, made by the pathway -> B lists of ids, each up to its EOS, which is
-    included, or max_new_tokens. What a row gets does not depend on the others."""
-    silent, eos_id = pathway.silent, tokenizer.eos_id
-    if model.merged not in (None, "silent" if silent else "cot"):
-        raise ValueError(f"the weights were merged for the {model.merged} pathway")
-    device, B = model.embed_tokens.device, len(prompts)
-    length = torch.tensor([len(prompt) for prompt in prompts], device=device)  # [B]
-    T = int(length.max())
-    ids = torch.tensor([prompt + [eos_id] * (T - len(prompt)) for prompt in prompts], device=device)  # [B, T]
-    cache = KVCache(model.config, B, T + max_new_tokens, model.compute_dtype, device)
-    if pathway.thoughts:
-        hidden, first, _ = think(model, ids, pathway.start(length, tokenizer), length, pathway.thoughts, cache)
-    else:
-        first = min(map(len, prompts)) - 1
-        hidden = model(ids, silent=silent, cache=cache, tail=first)
-    hidden = hidden[torch.arange(B, device=device), length - 1 - first]  # [B, n]
-    written, done = [], torch.zeros(B, dtype=torch.bool, device=device)
-    for position in range(max_new_tokens):
-        written.append(model.logits(hidden).argmax(-1))  # [B]
-        done |= written[-1] == eos_id
-        if done.all() or position == max_new_tokens - 1:
-            break
-        hidden = model(written[-1][:, None], silent, (length + position)[:, None], cache, end=T + position + 1)[:, 0]
-    rows = torch.stack(written, dim=1).tolist()
-    return [row[: row.index(eos_id) + 1] if eos_id in row else row for row in rows]
+METHODS = {
+    "dart": DART,
+    "cot": CoT,
+    "no-cot": NoCoT,
+    "pause": Pause,
+    "icot": ICoT,
+    "coconut": Coconut,
+    "codi": CODI,
+}
 
 
-def answer(model, tokenizer, pathway, questions, max_new_tokens=256, batch_size=64):
-    """list[Answer] to a list of questions through a pathway, in batches of about one length."""
-    prompts = [pathway.prompt(question, tokenizer) for question in questions]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    answers = [None] * len(prompts)
-    training = model.training
-    model.eval()
+def hidden_behind_latents(model, batch, tokens, cache=None, capture=None):
+    """`hidden_at` for examples with continuous thoughts: each thought is the hidden state before
+    it, through the model's projector where it has one (CODI), as the next input embedding.
+
+    They come one after the other, through the cache, and so do the gradients. What is asked for
+    must not stand before the last thought.
+    """
+    last = batch.latent_start + batch.n_latents - 1  # [B], the last thought's index
+    rows = torch.arange(len(last), device=last.device)
+    after = torch.arange(int((batch.lengths - last).max()), device=last.device)
+    positions = last[:, None] + after  # [B, R], of the last thought and what follows it
+    if cache is None:
+        length = int(positions.max()) + 1
+        cache = KVCache(model.config, len(rows), length, model.compute_dtype, model.device)
+    to_embedding = model.projector or nn.Identity()
+
+    hidden = model(batch.ids[:, : int(batch.latent_start.max())], cache=cache)
+    hidden = hidden[rows, batch.latent_start - 1]  # [B, n], at <bot>
+    for i in range(batch.n_latents - 1):
+        at = (batch.latent_start + i)[:, None]
+        hidden = model(to_embedding(hidden)[:, None], positions=at, cache=cache)[:, 0]
+
+    ids = batch.ids.gather(1, positions.clamp(max=batch.ids.shape[1] - 1))
+    x = model.embed(ids).to(hidden.dtype)
+    x = torch.cat((to_embedding(hidden)[:, None], x[:, 1:]), dim=1)  # [B, R, n]
+    row, col = tokens
+    if capture is not None:
+        capture = capture[0], capture[1] - last[capture[0]]
+    result = model(x, positions=positions, cache=cache, capture=capture)
+    hidden, states = (result, None) if capture is None else result
+    return hidden[row, col - last[row]], states
+
+
+# ----------------------------------------------------------------------------------------- runs
+# A run directory holds config.json (options, architecture, digests), the tokenizer, and files of
+# weights. Each of these says in its header what run it is of, so that none passes for another's.
+
+PATHS = ("model", "tokenizer", "data", "data_dir")  # may differ where their content is the same
+
+
+def fingerprint(options, model, tokenizer):
+    """What a run's weights depend on, {field: value}; without the options that its method does not
+    read."""
+    used = METHODS[options.method].uses
+    unused = {name for method in METHODS.values() for name in method.uses if name not in used}
+    values = dataclasses.asdict(options) | dataclasses.asdict(model.config)
+    values |= {"base weights": model.base_digest, "tokenizer files": tokenizer.digest}
+    values = {name: v for name, v in values.items() if name not in unused and name not in PATHS}
+    return json.loads(json.dumps(values))
+
+
+def check_same_run(path, theirs, ours):
+    """ValueError, with the fields that differ, unless `theirs` agrees with all of `ours`."""
+    odd = [name for name, value in ours.items() if name not in theirs or theirs[name] != value]
+    if odd:
+        listed = ", ".join(f"{name} {theirs.get(name)!r} (here {ours[name]!r})" for name in odd)
+        raise ValueError(f"{path}: of another run: {listed}")
+
+
+def tensors_digest(tensors):
+    return digest_of({name: tensor_digest(tensor) for name, tensor in tensors.items()})
+
+
+def save_weights(path, tensors, **about):
+    """A safetensors file with facts and a digest in its header, there as a whole or not at all.
+    OSError where it cannot be written."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    about["digest"] = tensors_digest(tensors)
+    with replacing(path) as temporary:
+        try:
+            save_file(tensors, temporary, {"about": json.dumps(about)})
+        except SafetensorError as error:
+            raise OSError(f"{path}: {error}") from None
+
+
+def load_weights(path):
+    """({name: tensor}, facts) of a file of `save_weights`. It is read once, and what was read is
+    checked: a file that is replaced meanwhile is the old or the new one as a whole.
+
+    FileNotFoundError or ValueError, with the path."""
+    content = read_bytes(path)
     try:
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            rows = generate(model, tokenizer, pathway, [prompts[i] for i in chosen], max_new_tokens)
-            for i, row in zip(chosen, rows, strict=True):
-                text = tokenizer.decode(row[:-1] if row[-1] == tokenizer.eos_id else row)
-                answers[i] = Answer(text, len(row) + pathway.thoughts)
-    finally:
-        model.train(training)
-    return answers
+        tensors = load(content)
+        size = int.from_bytes(content[:8], "little")
+        about = json.loads(json.loads(content[8 : 8 + size])["__metadata__"]["about"])
+        if about["digest"] != tensors_digest(tensors) or not isinstance(about["run"], dict):
+            raise ValueError("its checksum is not that of its tensors")
+    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: damaged, or not the weights of a run ({error})") from None
+    return tensors, about
 
 
-def evaluate(model, tokenizer, pathway, problems, max_new_tokens=256, batch_size=64):
-    """Answers every problem and scores it: one dictionary a problem, with the whole text that was written and the answer
-    read in it."""
-    answers = answer(model, tokenizer, pathway, [p.question for p in problems], max_new_tokens, batch_size)
-    records = []
-    for problem, (text, passes) in zip(problems, answers, strict=True):
-        answered = pathway.read(text).strip()
-        strict, tolerant = score(answered, problem.answer)
-        records.append({"question": problem.question, "gold": problem.answer, "text": text, "answer": answered,
-                        "strict": strict, "tolerant": tolerant, "passes": passes,
-                        "tokens": passes - pathway.thoughts})  # fmt: skip
-    return records
+def read_run(directory):
+    """(Options, ModelConfig, all of config.json) of a run. FileNotFoundError, or ValueError."""
+    path = Path(directory) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{directory}: not a run of train.py: there is no config.json")
+    saved = read_json(path)
+    try:
+        names = [field.name for field in dataclasses.fields(Options)]
+        options = check_options(Options(**{name: saved["options"][name] for name in names}))
+        saved["run"] = dict(saved["run"])
+        return options, ModelConfig(**saved["model_config"]), saved
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: not the configuration of a run ({error!r})") from None
+
+
+def build(options, tokenizer, model_config=None, device="cpu", dtype=None, init=True):
+    """The method around its model: options.model's, or where there is a model_config one of random
+    weights (init=False: that the caller fills). ValueError, FileNotFoundError."""
+    cls = METHODS[options.method]
+    adapters, compute = cls.adapters(tokenizer, options), DTYPES[dtype or options.dtype]
+    kept = compute if options.lora_rank else torch.float32  # weights that are trained stay in fp32
+    if model_config is not None:
+        model = Transformer(model_config, adapters, kept, device, compute, init)
+    else:
+        model = Transformer.from_pretrained(options.model, adapters, kept, device, compute)
+    if tokenizer.size > model.config.vocab_size:
+        size = model.config.vocab_size
+        raise ValueError(f"the tokenizer has {tokenizer.size} ids, the model {size} embeddings")
+    return cls(model, tokenizer, options)
+
+
+def load_run(directory, base=None, device="cpu", dtype=None, best=False):
+    """(method, Options) of a directory that train.py wrote, ready to answer.
+
+    base: directory of the base weights, if they are no longer where they were; dtype: the run's by
+    default; best: the weights that were best on the validation split, not the last ones.
+    FileNotFoundError or ValueError, naming the file: nothing that is not the run's is accepted.
+    """
+    directory = Path(directory)
+    options, model_config, saved = read_run(directory)
+    tokenizer = Tokenizer.from_pretrained(directory)
+    path = directory / ("best.safetensors" if best else "adapter.safetensors")
+    tensors, about = load_weights(path)
+    if options.whole:
+        method = build(options, tokenizer, model_config, device, dtype, init=False)
+        method.model.base_digest = saved["run"].get("base weights")
+    else:
+        there = dataclasses.replace(options, model=base or options.model)
+        method = build(there, tokenizer, None, device, dtype)
+    ours = fingerprint(options, method.model, tokenizer)
+    check_same_run(directory / "config.json", saved["run"], ours)
+    check_same_run(path, about["run"], ours)
+    method.model.load_state(tensors, path, options.whole)
+    return method.eval(), options
