@@ -1,17 +1,17 @@
 """The transformer: Llama, Qwen2 and GPT-2 by hand, with LoRA and REM inside the attention.
 
-One set of weights serves both of DART's pathways. `Transformer.forward(ids, silent=False)` is the ordinary model
-(with LoRA, where there is LoRA): the CoT pathway. `silent=True` also sends the input of every key and value projection
-through REM: the ST pathway. `Transformer.merge()` folds LoRA and REM into the weights, for inference.
+One set of weights serves both of DART's pathways: `forward(ids)` is the ordinary model (with LoRA):
+the CoT pathway. `forward(ids, silent=True)` also sends the input of every key and value projection
+through REM: the ST pathway. `merge()` folds LoRA and REM into the weights, for inference.
 
 Shapes: B rows, T tokens, n hidden size, h query heads, g key/value heads, e head size, L layers,
-V vocabulary, r LoRA rank, d REM rank. Weights keep the orientation and the order of a Hugging Face checkpoint's
-tensors; modules go by Llama's names there, GPT-2's, too, whose fused c_attn is cut into three.
+V vocabulary, r LoRA rank, d REM rank. Weights keep the names and the orientation of a Hugging Face
+Llama checkpoint; GPT-2's are renamed, and its fused c_attn is cut into three.
 """
 
+import hashlib
 import json
 import math
-import os
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,22 +25,21 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-# ---------------------------------------------------------------------------------------------------- configuration
+# -------------------------------------------------------------------------------- configuration
 
-# Upper limits, far above any real model's; they keep products within 64 bits.
-MOST = dict(vocab_size=2**24, hidden_size=2**20, intermediate_size=2**22, num_hidden_layers=2**10, num_attention_heads=2**14,
-            num_key_value_heads=2**14, head_dim=2**14, max_position_embeddings=2**31 - 1)  # fmt: skip
-LLAMA3_ROPE = dict(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192.0)
+LLAMA3_ROPE = {
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192.0,
+}
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The architecture, under the field names of a Hugging Face Llama `config.json`.
+    """The architecture, under the field names of a Hugging Face Llama `config.json`."""
 
-    `norm_eps` is rms_norm_eps or layer_norm_epsilon; `rope_scaling` is None or Llama-3's dictionary of factors.
-    """
-
-    model_type: str  # 'llama', 'qwen2' (llama with biases on q, k, v) or 'gpt2' (learned positions, LayerNorm, GELU)
+    model_type: str  # llama, qwen2 (biases on q, k, v) or gpt2 (learned positions, LayerNorm, GELU)
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -49,689 +48,756 @@ class ModelConfig:
     num_key_value_heads: int
     head_dim: int
     max_position_embeddings: int
-    norm_eps: float = 1e-5
+    norm_eps: float = 1e-5  # rms_norm_eps, or layer_norm_epsilon
     tie_word_embeddings: bool = True
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = None
+    rope_scaling: dict | None = None  # None, or Llama 3's four factors
 
     @classmethod
     def from_pretrained(cls, directory):
         """Reads `directory/config.json` (Hugging Face format).
 
-        Raises ValueError, naming the field, for a configuration that this code would compute otherwise than its
-        authors meant, and FileNotFoundError where there is no such file.
-        """
+        FileNotFoundError where there is none; ValueError, naming the field, for a configuration
+        that this code would compute otherwise than its authors meant."""
         path = Path(directory) / "config.json"
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file; a model directory holds config.json and its weights")
+            raise FileNotFoundError(f"{path}: no such file; a model directory holds one")
         try:
-            if path.stat().st_size > 2**26:
-                raise ValueError("too large")
             raw = json.loads(path.read_text(encoding="utf-8"))
-            return (_read_gpt2 if raw.get("model_type") == "gpt2" else _read_llama)(raw)
+            return cls(**(read_gpt2 if raw.get("model_type") == "gpt2" else read_llama)(raw))
         except KeyError as error:
             raise ValueError(f"{path}: the field {error} is missing") from None
-        except (TypeError, AttributeError, ArithmeticError, RecursionError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path}: not a model configuration ({error})") from None
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+        except (TypeError, AttributeError, ArithmeticError, RecursionError, ValueError) as error:
+            raise ValueError(f"{path}: not a model configuration: {error}") from None
 
     def __post_init__(self):
-        if self.model_type not in ("llama", "qwen2", "gpt2"):
-            raise ValueError(f"model_type {self.model_type!r} is not one of llama, qwen2, gpt2")
-        for name, most in MOST.items():
-            value = getattr(self, name)
-            if type(value) is not int or not 1 <= value <= most:
-                raise ValueError(f"{name} is {value!r}, not a whole number from 1 to {most}")
-        for name, value in {"norm_eps": self.norm_eps, "rope_theta": self.rope_theta, **(self.rope_scaling or {})}.items():
+        expect(
+            asdict(self), model_type=("llama", "qwen2", "gpt2"), tie_word_embeddings=(True, False)
+        )
+        for name, value in asdict(self).items():
+            if self.__annotations__[name] is int and not (type(value) is int and 0 < value < 2**24):
+                raise ValueError(f"{name} is {value!r}, not a whole number from 1 to 2^24")
+        numbers = {"norm_eps": self.norm_eps, "rope_theta": self.rope_theta}
+        for name, value in (numbers | (self.rope_scaling or {})).items():
             if type(value) not in (int, float) or not 0 < value < 2**63:
                 raise ValueError(f"{name} is {value!r}, not a positive number")
-        if not isinstance(self.tie_word_embeddings, bool):
-            raise ValueError(f"tie_word_embeddings is {self.tie_word_embeddings!r}, not true or false")
-        if self.rope_scaling is not None and set(self.rope_scaling) != set(LLAMA3_ROPE):
-            raise ValueError(f"rope_scaling holds {sorted(self.rope_scaling)}, not {sorted(LLAMA3_ROPE)}")
-        if self.rope_scaling is not None and self.rope_scaling["low_freq_factor"] >= self.rope_scaling["high_freq_factor"]:
-            raise ValueError("low_freq_factor is not below high_freq_factor")
+        rope = self.rope_scaling or LLAMA3_ROPE
+        if set(rope) != set(LLAMA3_ROPE) or rope["low_freq_factor"] >= rope["high_freq_factor"]:
+            raise ValueError(
+                f"rope_scaling is {rope}: not Llama 3's factors, or low is not below high"
+            )
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(f"num_attention_heads {self.num_attention_heads} is not a multiple of "
-                             f"num_key_value_heads {self.num_key_value_heads}")  # fmt: skip
+            raise ValueError("num_attention_heads is not a multiple of num_key_value_heads")
         if self.model_type != "gpt2" and self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd: rotary embeddings turn pairs")
 
 
-# fmt: off
-MODELS = {  # model_type, V, n, MLP size, L, h, g, e, positions
-    "llama-3.2-1b": ModelConfig("llama", 128256, 2048, 8192, 16, 32, 8, 64, 131072, 1e-5, True, 5e5, LLAMA3_ROPE),
-    "llama-3.2-3b": ModelConfig("llama", 128256, 3072, 8192, 28, 24, 8, 128, 131072, 1e-5, True, 5e5, LLAMA3_ROPE),
-    "qwen2.5-1.5b": ModelConfig("qwen2", 151936, 1536, 8960, 28, 12, 2, 128, 131072, 1e-6, True, 1e6),
-    "gpt2":         ModelConfig("gpt2", 50257, 768, 3072, 12, 12, 12, 64, 1024, 1e-5, True),
-    "demo":         ModelConfig("llama", 59, 64, 192, 4, 4, 4, 16, 80, 1e-5, False),
+def expect(raw, **supported):
+    """Refuses a configuration whose field, where it is given, is not what the code computes."""
+    for name, values in supported.items():
+        if name in raw and raw[name] not in values:
+            raise ValueError(f"{name} = {raw[name]!r} is not supported (only {values})")
+
+
+def read_llama(raw):
+    """A Llama's or Qwen2's config.json -> the fields of ModelConfig."""
+    scaling, parameters = raw.get("rope_scaling") or {}, raw.get("rope_parameters") or {}
+    rope = {name: raw[name] for name in ("rope_theta", *LLAMA3_ROPE) if name in raw}
+    for part in (parameters, scaling):
+        for name, value in part.items():
+            if rope.setdefault(name, value) != value:
+                raise ValueError(f"{name} is {value!r} in one place, {rope[name]!r} in another")
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    expect(
+        raw | rope | {"rope_type": rope_type, "layer_types": set(raw.get("layer_types") or ())},
+        model_type=("llama", "qwen2"),
+        hidden_act=("silu",),
+        mlp_bias=(False,),
+        attention_bias=(False,) if raw.get("model_type") == "llama" else (True, False),
+        quantization_config=(None,),
+        use_sliding_window=(False,),
+        layer_types=(set(), {"full_attention"}),
+        partial_rotary_factor=(1.0, None),
+        rope_type=("default", "llama3"),
+    )
+    heads = raw["num_attention_heads"]
+    same = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+    return {name: raw[name] for name in same} | dict(
+        num_attention_heads=heads,
+        num_key_value_heads=raw.get("num_key_value_heads") or heads,
+        head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+        max_position_embeddings=raw["max_position_embeddings"],
+        norm_eps=raw["rms_norm_eps"],
+        tie_word_embeddings=raw.get("tie_word_embeddings", False),
+        rope_theta=rope.get("rope_theta", 10000.0),
+        rope_scaling={k: float(rope[k]) for k in LLAMA3_ROPE} if rope_type == "llama3" else None,
+    )
+
+
+GPT2_FIELDS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "n_embd",
+    "intermediate_size": "n_inner",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "max_position_embeddings": "n_positions",
+    "norm_eps": "layer_norm_epsilon",
+    "tie_word_embeddings": "tie_word_embeddings",
 }
-# fmt: on
+
+
+def read_gpt2(raw):
+    """A GPT-2's config.json -> the fields of ModelConfig."""
+    expect(
+        raw,
+        activation_function=("gelu_new", "gelu_pytorch_tanh"),
+        scale_attn_weights=(True,),
+        scale_attn_by_inverse_layer_idx=(False,),
+        add_cross_attention=(False,),
+        quantization_config=(None,),
+    )
+    n, heads = raw["n_embd"], raw["n_head"]
+    if divmod(n, heads)[1]:
+        raise ValueError(f"n_embd {n} is not a multiple of n_head {heads}")
+    raw = {"tie_word_embeddings": True} | raw | {"n_inner": raw.get("n_inner") or 4 * n}
+    fields = {ours: raw[theirs] for ours, theirs in GPT2_FIELDS.items()}
+    return dict(**fields, model_type="gpt2", num_key_value_heads=heads, head_dim=n // heads)
+
+
+def shape(n, mlp, layers, heads, kv_heads, head_dim):
+    return dict(
+        hidden_size=n,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+    )
+
+
+LLAMA3 = dict(vocab_size=128256, max_position_embeddings=131072, norm_eps=1e-5, rope_theta=5e5)
+LLAMA3 |= dict(model_type="llama", rope_scaling=LLAMA3_ROPE)
+QWEN = dict(vocab_size=151936, max_position_embeddings=131072, norm_eps=1e-6, rope_theta=1e6)
+GPT2 = dict(vocab_size=50257, max_position_embeddings=1024)
+DEMO = dict(vocab_size=59, max_position_embeddings=80, tie_word_embeddings=False)
+MODELS = {  # hidden, MLP, layers, heads, of these for keys and values, head size
+    "llama-3.2-1b": ModelConfig(**LLAMA3, **shape(2048, 8192, 16, 32, 8, 64)),
+    "llama-3.2-3b": ModelConfig(**LLAMA3, **shape(3072, 8192, 28, 24, 8, 128)),
+    "qwen2.5-1.5b": ModelConfig("qwen2", **QWEN, **shape(1536, 8960, 28, 12, 2, 128)),
+    "gpt2": ModelConfig("gpt2", **GPT2, **shape(768, 3072, 12, 12, 12, 64)),
+    "demo": ModelConfig("llama", **DEMO, **shape(64, 192, 4, 4, 4, 16)),
+}
 
 
 @dataclass(frozen=True)
 class Adapters:
-    """What is added to the base weights. Nothing by default.
-
-    LoRA (Hu et al. 2022) on q, k, v and o, and with `lora_mlp` on the MLP, too, freezes the base. REM (Section 3.2) stands
-    before k and v; with `rem_is_lora` a second LoRA on k and v stands in for it (Table 3). `extra_rows` are embeddings
-    behind the vocabulary's last, with the ids V, V + 1, ..., frozen or trained (`init_extra_rows`). `projector`: a
-    module from a hidden state to the embedding it becomes (CODI).
-    """
+    """What is added to the base weights; nothing by default. LoRA freezes the base."""
 
     lora_rank: int = 0
     lora_alpha: float = 32.0
     lora_dropout: float = 0.0
-    lora_mlp: bool = False
+    lora_on: tuple = ("q_proj", "k_proj", "v_proj", "o_proj")
     rem_rank: int = 0
     rem_alpha: float = 32.0
-    rem_is_lora: bool = False
-    extra_rows: int = 0
-    train_extra_rows: bool = False
-    projector: bool = False
+    rem_on: tuple = ("k_proj", "v_proj")
+    rem_is_lora: bool = False  # instead of REM, a second LoRA in the ST pathway (Table 3)
+    new_embeddings: int = 0  # with the ids V, V + 1, ...
+    train_new_embeddings: bool = False
+    projector: bool = False  # from a hidden state to the embedding it becomes (CODI)
 
 
-ADAPTED = ("lora_a", "lora_b", "r1", "r2")  # parameters that are not of the base
-
-
-# ------------------------------------------------------------------------------------------------------------ layers
-
-
-def _add_product(y, a, b):
-    """y [..., out] + a [..., k] b [k, out], in one operation."""
-    return torch.addmm(y.flatten(0, -2), a.flatten(0, -2), b.to(y.dtype)).view_as(y)
-
-
-def dropout(x, p):
-    """F.dropout. On a CPU, where that draws one number after the other, four come of 64 random bits, and p is rounded to a
-    multiple of 2^-16."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
-        return F.dropout(x, p)
-    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-    return x.masked_fill(bits[: x.numel()].view(x.shape) < round(p * 2**16) - 2**15, 0.0).div_(1 - p)
-
-
-def _uniform(rows, fan_in, device):  # the initialisation that LoRA's authors use for A
-    values = torch.empty(rows, fan_in, device=device)
-    return values if values.is_meta else values.uniform_(-1, 1) / math.sqrt(fan_in)
+# --------------------------------------------------------------------------------- LoRA and REM
 
 
 class LoRA(nn.Module):
-    """y + (alpha/r) x A^T B^T (Hu et al. 2022), where y is a projection of x. A is [r, in], B [out, r] and 0 at the start;
-    held in fp32, cast to x's dtype at use."""
+    """x -> (alpha/r) x A^T B^T (Hu et al. 2022). A is [r, in]; B [out, r], 0 at the start. Like REM
+    it is held in fp32 and cast to x's dtype at use."""
 
-    plain = False
-
-    def __init__(self, n_in, n_out, rank, alpha, dropout, device=None):
+    def __init__(self, n_in, n_out, rank, alpha, dropout, device):
         super().__init__()
         self.scale, self.dropout = alpha / rank, dropout
-        self.lora_a = nn.Parameter(_uniform(rank, n_in, device))
+        self.lora_a = uniform_parameter(rank, n_in, n_in, device)
         self.lora_b = nn.Parameter(torch.zeros(n_out, rank, device=device))
 
-    def forward(self, x, y):  # [..., in], [..., out] -> [..., out]
-        if self.training and self.dropout:
-            x = (F.dropout if self.plain else dropout)(x, self.dropout)
-        return _add_product(y, F.linear(x, self.lora_a.to(x.dtype)), self.scale * self.lora_b.T)
-
-    def merged(self, weight):  # [out, in] -> [out, in]
-        return weight + self.scale * self.lora_b @ self.lora_a
-
-
-class Linear(nn.Module):
-    """y = x W^T + b, and LoRA where there is. Weights are cast to x's dtype at use.
-
-    W is [out, in], or [in, out] where `conv1d` (GPT-2's orientation).
-    """
-
-    def __init__(self, n_in, n_out, bias=False, conv1d=False, lora=Adapters(), dtype=None, device=None):
-        super().__init__()
-        self.n_in, self.n_out, self.conv1d = n_in, n_out, conv1d
-        shape = (n_in, n_out) if conv1d else (n_out, n_in)
-        self.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
-        self.bias = nn.Parameter(torch.zeros(n_out, dtype=dtype, device=device)) if bias else None
-        self.lora = None
-        if lora.lora_rank:
-            self.lora = LoRA(n_in, n_out, lora.lora_rank, lora.lora_alpha, lora.lora_dropout, device)
-
-    @property
-    def matrix(self):  # [out, in]
-        return self.weight.T if self.conv1d else self.weight
-
     def forward(self, x):  # [..., in] -> [..., out]
-        y = F.linear(x, self.matrix.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-        return y if self.lora is None else self.lora(x, y)
+        x = F.dropout(x, self.dropout, self.training)
+        x = self.scale * F.linear(x, self.lora_a.to(x.dtype))  # [..., r]
+        return F.linear(x, self.lora_b.to(x.dtype))
 
-    def merge(self, rem=None):
-        """W' = W + (alpha/r) B A, and with REM that times W_R of equation (3), in fp32; the bias stays. LoRA is gone after it."""
-        weight = self.matrix.float()
-        for module in (self.lora, rem):
-            weight = weight if module is None else module.merged(weight)
-        self.lora = None
-        self.weight.copy_(weight.T if self.conv1d else weight)
-
-    @classmethod
-    def fused(cls, *parts):
-        """The merged projections of one input as a single one: their outputs, one after the other."""
-        one, outputs = parts[0], sum(part.n_out for part in parts)
-        whole = cls(one.n_in, outputs, one.bias is not None, dtype=one.weight.dtype, device="meta")
-        whole.weight = nn.Parameter(torch.cat([part.matrix for part in parts]), requires_grad=False)
-        if one.bias is not None:
-            whole.bias = nn.Parameter(torch.cat([part.bias for part in parts]), requires_grad=False)
-        return whole
+    def delta(self):  # what it adds to the weight: [out, in]
+        return self.scale * self.lora_b @ self.lora_a
 
 
 class REM(nn.Module):
-    """Reasoning Evolvement Module, equation (3): x -> x W_R^T with W_R = (alpha/d) R2 R1^T + I, in front of a projection. R1, R2 are
-    [n, d]; R2 is 0 at the start, so REM starts as the identity."""
+    """Reasoning Evolvement Module, equation (3): x -> x W_R^T with W_R = (alpha/d) R2 R1^T + I.
+    R1, R2 are [n, d]; R2 is 0 at the start, so that REM starts as the identity."""
 
-    def __init__(self, linear, adapters, device=None):
+    def __init__(self, n, rank, alpha, device):
         super().__init__()
-        n, d = linear.n_in, adapters.rem_rank
-        self.scale = adapters.rem_alpha / d
-        self.r1 = nn.Parameter(_uniform(d, n, device).T.contiguous())
-        self.r2 = nn.Parameter(torch.zeros(n, d, device=device))
+        self.scale = alpha / rank
+        self.r1 = uniform_parameter(n, rank, n, device)
+        self.r2 = nn.Parameter(torch.zeros(n, rank, device=device))
 
-    def forward(self, x, linear):  # [..., n] -> [..., out]
-        return linear(_add_product(x, x @ self.r1.to(x.dtype), self.scale * self.r2.T))
+    def forward(self, x):  # [..., n] -> [..., n]
+        shift = self.scale * (x @ self.r1.to(x.dtype))  # [..., d]
+        return x + shift @ self.r2.to(x.dtype).T
 
-    def merged(self, weight):  # [out, n] -> [out, n]
+    def merged(self, weight):  # W W_R: [out, n] -> [out, n]
         return weight + self.scale * (weight @ self.r2) @ self.r1.T
 
 
-class SecondLoRA(LoRA):
-    """What stands in for REM in Table 3: another LoRA on a projection, in the ST pathway only."""
-
-    def __init__(self, linear, adapters, device=None):
-        super().__init__(linear.n_in, linear.n_out, adapters.rem_rank, adapters.rem_alpha, adapters.lora_dropout, device)
-
-    def forward(self, x, linear):  # [..., n] -> [..., out]
-        return super().forward(x, linear(x))
+def uniform_parameter(rows, columns, fan_in, device):
+    """The initialisation that LoRA's authors use for A."""
+    values = torch.empty(rows, columns, device=device)
+    return nn.Parameter(values.uniform_(-1, 1) / math.sqrt(fan_in))
 
 
-class Projector(nn.Module):
-    """From a hidden state to the next input embedding (CODI, Shen et al. 2025): linear, GELU, linear, layer norm, in fp32."""
+class Linear(nn.Module):
+    """y = x W^T + b, with LoRA and, in the ST pathway (silent), REM, where the adapters have them
+    on the projection of this name. W is [out, in]; for GPT-2 it is [in, out], as in its files."""
 
-    def __init__(self, n, device=None):
+    def __init__(self, name, n_in, n_out, bias, config, adapters, dtype, device):
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(n, n, device=device), nn.GELU(), nn.Linear(n, n, device=device),
-                                    nn.LayerNorm(n, device=device))  # fmt: skip
+        self.n_in, self.transposed = n_in, config.model_type == "gpt2"
+        shape = (n_in, n_out) if self.transposed else (n_out, n_in)
+        self.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
+        self.bias = None
+        if bias:
+            self.bias = nn.Parameter(torch.zeros(n_out, dtype=dtype, device=device))
+        self.lora = self.rem = self.silent_lora = None
+        if adapters.lora_rank and name in adapters.lora_on:
+            scale = adapters.lora_rank, adapters.lora_alpha
+            self.lora = LoRA(n_in, n_out, *scale, adapters.lora_dropout, device)
+        if adapters.rem_rank and name in adapters.rem_on:
+            scale = adapters.rem_rank, adapters.rem_alpha
+            if adapters.rem_is_lora:
+                self.silent_lora = LoRA(n_in, n_out, *scale, adapters.lora_dropout, device)
+            else:
+                self.rem = REM(n_in, *scale, device)
 
-    def forward(self, x):  # [..., n] -> [..., n]
-        return self.layers(x.float()).to(x.dtype)
+    @property
+    def matrix(self):  # [out, in]
+        return self.weight.T if self.transposed else self.weight
+
+    def forward(self, x, silent=False):  # [..., in] -> [..., out]
+        if silent and self.rem is not None:
+            x = self.rem(x)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        y = F.linear(x, self.matrix.to(x.dtype), bias)
+        if self.lora is not None:
+            y = y + self.lora(x)
+        if silent and self.silent_lora is not None:
+            y = y + self.silent_lora(x)
+        return y
+
+    def merge(self, silent):
+        """W' = (W + (alpha/r) B A) W_R, in fp32; the bias stays, and the adapters are gone."""
+        weight = self.matrix.float()
+        if self.lora is not None:
+            weight = weight + self.lora.delta()
+        if silent and self.silent_lora is not None:
+            weight = weight + self.silent_lora.delta()
+        if silent and self.rem is not None:
+            weight = self.rem.merged(weight)
+        self.lora = self.rem = self.silent_lora = None
+        self.weight.copy_(weight.T if self.transposed else weight)
 
 
-def projections(x, parts, rems, plain=False):  # [..., in] -> one [..., out] for each part
-    """The projections of one input, some through a REM (else None).
-
-    In training from scratch, where there are more tokens than outputs, the weights, REM folded in, are joined into one product; not
-    where it is to be `plain`, nor where a dropout stands in between.
-    """
-    trained = torch.is_grad_enabled() and all(part.lora is None and part.weight.requires_grad for part in parts)
-    many = x[..., 0].numel() >= max(part.n_out for part in parts)
-    if plain or not (trained and many) or any(isinstance(rem, SecondLoRA) for rem in rems):
-        return [part(x) if rem is None else rem(x, part) for part, rem in zip(parts, rems, strict=True)]
-    weights = [part.matrix if rem is None else rem.merged(part.matrix.float()) for part, rem in zip(parts, rems, strict=True)]
-    bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts]).to(x.dtype)
-    whole = torch.cat([weight.to(x.dtype) for weight in weights])
-    return F.linear(x, whole, bias).split([part.n_out for part in parts], dim=-1)
+# --------------------------------------------------------------------------------------- layers
 
 
 class Norm(nn.Module):
     """RMSNorm (Llama, Qwen2), or LayerNorm where there is a bias (GPT-2); in fp32."""
 
-    def __init__(self, config, dtype=None, device=None):
+    def __init__(self, config, dtype, device):
         super().__init__()
-        self.eps = config.norm_eps
-        self.weight = nn.Parameter(torch.ones(config.hidden_size, dtype=dtype, device=device))
+        n, self.eps = config.hidden_size, config.norm_eps
+        self.weight = nn.Parameter(torch.ones(n, dtype=dtype, device=device))
         self.bias = None
         if config.model_type == "gpt2":
-            self.bias = nn.Parameter(torch.zeros(config.hidden_size, dtype=dtype, device=device))
+            self.bias = nn.Parameter(torch.zeros(n, dtype=dtype, device=device))
 
     def forward(self, x):  # [..., n] -> [..., n]
+        n = x.shape[-1:]
         if self.bias is None:
-            y = F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps)
+            y = F.rms_norm(x.float(), n, self.weight.float(), self.eps)
         else:
-            y = F.layer_norm(x.float(), x.shape[-1:], self.weight.float(), self.bias.float(), self.eps)
+            y = F.layer_norm(x.float(), n, self.weight.float(), self.bias.float(), self.eps)
         return y.to(x.dtype)
 
 
 def rope_frequencies(config):
-    """Radians per position of each of the e/2 rotations, fp32 [e/2]; with Llama-3's scaling of the slow ones."""
+    """Radians per position of each of the e/2 rotations, fp32 [e/2]; Llama 3 slows the slow ones
+    (the `llama3` rope type of Hugging Face's configurations)."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
     frequencies = 1.0 / config.rope_theta**exponents
     if config.rope_scaling is None:
         return frequencies
     factor, low, high, context = (config.rope_scaling[name] for name in LLAMA3_ROPE)
-    turns = context * frequencies / (2 * math.pi)  # full turns within the context that the model was first trained on
-    keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: fast, stays as it is; 0: slow, `factor` times slower
+    turns = context * frequencies / (2 * math.pi)  # in the context of the first training
+    keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: stays; 0: `factor` times slower
     return keep * frequencies + (1 - keep) * frequencies / factor
 
 
-def rope_table(positions, frequencies):  # [B, T], [e/2] -> two of [B, 1, T, e]
-    """(cos, cos) and (-sin, sin) of the angles at these positions."""
-    angles = positions[:, None, :, None] * frequencies
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-
-
-def rotate(x, rope):
-    """Turns the pairs (x_i, x_{i + e/2}) by their position's angles: the split-half order of Hugging Face checkpoints.
-
-    x [B, heads, T, e], rope: the `rope_table` of its positions -> [B, heads, T, e], computed in fp32.
-    """
-    cos, sin = rope
-    wide = x.float()
-    return torch.addcmul(wide * cos, wide.roll(x.shape[-1] // 2, dims=-1), sin).to(x.dtype)
+def rotate(x, cos, sin):
+    """Turns the pairs (x_i, x_{i + e/2}) by their position's angles, in fp32: the split-half order
+    of Hugging Face checkpoints. x [B, heads, T, e]; cos, sin [B or 1, 1, T, e/2] -> like x."""
+    x1, x2 = x.float().chunk(2, dim=-1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
 
 
 class KVCache:
-    """Keys and values of every layer for B rows. Each row has its own positions.
+    """Keys and values of every layer for B rows, each with positions of its own.
 
-    Rows are padded on the right, so row b's token at position p lies at index p. Whatever a row's padding left behind
-    its last token is overwritten before any query can see it: a query at position p sees the indices 0..p. Where gradients
-    are recorded, writing makes a new tensor, so that they flow through the cache.
-    """
+    Rows are padded on the right: row b's token at position p lies at index p. What padding left
+    behind a row's last token is overwritten before a query can see it: a query at position p sees
+    the indices 0..p."""
 
-    def __init__(self, config, rows, length, dtype=torch.float32, device=None):
-        length = min(length, config.max_position_embeddings)  # a longer row is refused by `Transformer.forward`
+    def __init__(self, config, rows, length, dtype, device):
+        length = min(length, config.max_position_embeddings)  # `forward` refuses longer rows
         shape = (rows, length, config.num_key_value_heads, config.head_dim)
-        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]  # L of [B, length, g, e]
-        self.v = [torch.zeros_like(k) for k in self.k]
+        kind, L = dict(dtype=dtype, device=device), config.num_hidden_layers
+        self.k = [torch.zeros(shape, **kind) for _ in range(L)]
+        self.v = [torch.zeros(shape, **kind) for _ in range(L)]
 
-    def update(self, layer, positions, k, v, end):
-        """Writes k, v [B, g, T, e] at positions [B, T] (None: 0..T-1) and returns all of 0..end-1 as [B, g, end, e]."""
-        rows, whole = torch.arange(len(k), device=k.device)[:, None], []
-        for kept, new in ((self.k, k.transpose(1, 2)), (self.v, v.transpose(1, 2))):
-            if positions is not None:
-                write = torch.index_put if torch.is_grad_enabled() else torch.index_put_
-                kept[layer] = write(kept[layer], (rows, positions), new)
-            elif torch.is_grad_enabled():
-                kept[layer] = torch.cat((new, kept[layer][:, end:]), dim=1)
-            else:
-                kept[layer][:, :end] = new
-            whole.append(kept[layer][:, :end].transpose(1, 2))
-        return whole
+    def update(self, layer, positions, k, v, kv_length):
+        """Writes k, v [B, g, T, e] at positions [B or 1, T]; returns all of 0..kv_length-1, each
+        [B, g, kv_length, e]. Gradients flow through it: then a new tensor takes the old one's
+        place."""
+        rows = torch.arange(len(k), device=k.device)[:, None]
+        write = torch.index_put if torch.is_grad_enabled() else torch.index_put_
+        self.k[layer] = write(self.k[layer], (rows, positions), k.transpose(1, 2))
+        self.v[layer] = write(self.v[layer], (rows, positions), v.transpose(1, 2))
+        kept = self.k[layer][:, :kv_length], self.v[layer][:, :kv_length]
+        return kept[0].transpose(1, 2), kept[1].transpose(1, 2)
+
+
+class Pass(NamedTuple):
+    """What all layers of one forward pass share."""
+
+    silent: bool
+    positions: torch.Tensor  # [B or 1, T]
+    rope: tuple | None  # (cos, sin), each [B or 1, 1, T, e/2]
+    mask: torch.Tensor | None  # [B, 1, T, kv_length] of what is seen; None: all before
+    cache: KVCache | None
+    kv_length: int
 
 
 class Attention(nn.Module):
-    """Causal self-attention with grouped keys and values, LoRA on all four projections and REM before k and v."""
+    """Causal self-attention with grouped keys and values."""
 
-    plain = False
-
-    def __init__(self, config, adapters, index, dtype=None, device=None):
+    def __init__(self, config, adapters, index, dtype, device):
         super().__init__()
         self.index, self.head_dim = index, config.head_dim
         self.grouped = config.num_key_value_heads < config.num_attention_heads
         n, n_q = config.hidden_size, config.num_attention_heads * config.head_dim
         n_kv = config.num_key_value_heads * config.head_dim
-        gpt2 = config.model_type == "gpt2"
-        kind = dict(conv1d=gpt2, lora=adapters, dtype=dtype, device=device)
-        bias = config.model_type != "llama"
-        self.q_proj = Linear(n, n_q, bias, **kind)
-        self.k_proj = Linear(n, n_kv, bias, **kind)
-        self.v_proj = Linear(n, n_kv, bias, **kind)
-        self.o_proj = Linear(n_q, n, gpt2, **kind)
-        self.rem_k = self.rem_v = None
-        self.qkv_proj, self.sizes = None, (n_q, n_kv, n_kv)  # after fuse(): in the place of q_proj, k_proj, v_proj
-        if adapters.rem_rank:
-            rem = SecondLoRA if adapters.rem_is_lora else REM
-            self.rem_k, self.rem_v = rem(self.k_proj, adapters, device), rem(self.v_proj, adapters, device)
+        kind, bias = (config, adapters, dtype, device), config.model_type != "llama"
+        self.q_proj = Linear("q_proj", n, n_q, bias, *kind)
+        self.k_proj = Linear("k_proj", n, n_kv, bias, *kind)
+        self.v_proj = Linear("v_proj", n, n_kv, bias, *kind)
+        self.o_proj = Linear("o_proj", n_q, n, config.model_type == "gpt2", *kind)
 
-    def forward(self, x, silent, rope, cache, positions, end, mask, tail):
-        """x [B, T, n] -> [B, T - tail, n]. rope: `rope_table` of the positions [B or 1, 1, T, e]; mask [B, 1, T, end] or [T - tail, T] of
-        what is seen, None: all before; the rest as in `Transformer.forward`."""
+    def forward(self, x, shared, first):
+        """x [B, T, n] -> [B, T - first, n], of the tokens from `first` on."""
         B, T, _ = x.shape
-        if self.qkv_proj is not None:
-            q, k, v = self.qkv_proj(x).split(self.sizes, dim=2)
-        else:
-            rems = (None, self.rem_k, self.rem_v) if silent else (None, None, None)
-            q, k, v = projections(x, (self.q_proj, self.k_proj, self.v_proj), rems, self.plain)
-        q, k, v = (t.view(B, T, -1, self.head_dim).transpose(1, 2) for t in (q, k, v))  # [B, heads, T, e]
-        if rope is not None:
-            q, k = rotate(q, rope), rotate(k, rope)
-        if cache is not None:
-            k, v = cache.update(self.index, positions, k, v, end)  # [B, g, end, e]
-        y = F.scaled_dot_product_attention(q[:, :, tail:], k, v, mask, is_causal=mask is None, enable_gqa=self.grouped)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T - tail, -1))
+        q = self.q_proj(x, shared.silent).view(B, T, -1, self.head_dim).transpose(1, 2)
+        k = self.k_proj(x, shared.silent).view(B, T, -1, self.head_dim).transpose(1, 2)
+        v = self.v_proj(x, shared.silent).view(B, T, -1, self.head_dim).transpose(1, 2)
+        if shared.rope is not None:
+            q, k = rotate(q, *shared.rope), rotate(k, *shared.rope)  # [B, h, T, e], [B, g, T, e]
+        if shared.cache is not None:
+            k, v = shared.cache.update(self.index, shared.positions, k, v, shared.kv_length)
+        mask, causal = shared.mask, shared.mask is None
+        y = F.scaled_dot_product_attention(
+            q[:, :, first:], k, v, mask, is_causal=causal, enable_gqa=self.grouped
+        )  # [B, h, T - first, e]
+        return self.o_proj(y.transpose(1, 2).reshape(B, T - first, -1), shared.silent)
 
 
 class MLP(nn.Module):
-    """down(silu(gate(x)) * up(x)), or down(gelu(up(x))) in GPT-2, whose GELU is the tanh approximation."""
+    """down(silu(gate(x)) * up(x)); GPT-2: down(gelu(up(x))), the GELU in its tanh form."""
 
-    plain = False
-
-    def __init__(self, config, adapters, dtype=None, device=None):
+    def __init__(self, config, adapters, dtype, device):
         super().__init__()
         n, m, gpt2 = config.hidden_size, config.intermediate_size, config.model_type == "gpt2"
-        kind = dict(bias=gpt2, conv1d=gpt2, lora=adapters if adapters.lora_mlp else Adapters(), dtype=dtype, device=device)
-        self.gate_up_proj = None  # after fuse(): in the place of gate_proj, up_proj
-        self.gate_proj = None if gpt2 else Linear(n, m, **kind)
-        self.up_proj = Linear(n, m, **kind)
-        self.down_proj = Linear(m, n, **kind)
+        kind = (gpt2, config, adapters, dtype, device)
+        self.gate_proj = None if gpt2 else Linear("gate_proj", n, m, *kind)
+        self.up_proj = Linear("up_proj", n, m, *kind)
+        self.down_proj = Linear("down_proj", m, n, *kind)
 
-    def forward(self, x):  # [..., n] -> [..., n]
-        if self.gate_up_proj is not None:
-            gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        elif self.gate_proj is None:
-            return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
-        else:
-            gate, up = projections(x, (self.gate_proj, self.up_proj), (None, None), self.plain)
-        return self.down_proj(F.silu(gate) * up)
+    def forward(self, x, silent):  # [..., n] -> [..., n]
+        up = self.up_proj(x, silent)
+        if self.gate_proj is None:
+            return self.down_proj(F.gelu(up, approximate="tanh"), silent)
+        return self.down_proj(F.silu(self.gate_proj(x, silent)) * up, silent)
 
 
 class Block(nn.Module):
     """One decoder layer, pre-norm."""
 
-    def __init__(self, config, adapters, index, dtype=None, device=None):
+    def __init__(self, config, adapters, index, dtype, device):
         super().__init__()
         self.input_layernorm = Norm(config, dtype, device)
         self.self_attn = Attention(config, adapters, index, dtype, device)
         self.post_attention_layernorm = Norm(config, dtype, device)
         self.mlp = MLP(config, adapters, dtype, device)
 
-    def forward(self, x, silent, rope, cache, positions, end, mask, tail):  # [B, T, n] -> [B, T - tail, n]
-        x = x[:, tail:] + self.self_attn(self.input_layernorm(x), silent, rope, cache, positions, end, mask, tail)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(self, x, shared, first):  # [B, T, n] -> [B, T - first, n]
+        x = x[:, first:] + self.self_attn(self.input_layernorm(x), shared, first)
+        return x + self.mlp(self.post_attention_layernorm(x), shared.silent)
 
 
-# ------------------------------------------------------------------------------------------------------- transformer
+class Projector(nn.Sequential):
+    """From a hidden state to the next input embedding (CODI, Shen et al. 2025), in fp32."""
+
+    def __init__(self, n, device):
+        layers = nn.Linear(n, n, device=device), nn.GELU(), nn.Linear(n, n, device=device)
+        super().__init__(*layers, nn.LayerNorm(n, device=device))
+
+    def forward(self, x):  # [..., n] -> [..., n]
+        return super().forward(x.float()).to(x.dtype)
+
+
+# ---------------------------------------------------------------------------------- transformer
 
 
 class Transformer(nn.Module):
     """A decoder-only language model; see the head of this file.
 
-    dtype: that of the base weights and of the computation (`compute_dtype`, where it is to differ: weights that are
-    themselves trained stay in fp32). LoRA and REM are always fp32. The base is frozen where there is LoRA.
-    random_init=False leaves the base weights for the caller to fill. ValueError where there is not so much memory.
+    dtype: of the base weights; compute_dtype: of the computation, if it is to differ (weights that
+    are trained stay in fp32). LoRA and REM are always fp32. init=False leaves the base weights for
+    the caller to fill.
     """
 
-    def __init__(self, config, adapters=Adapters(), dtype=torch.float32, device=None, compute_dtype=None,
-                 random_init=True):  # fmt: skip
+    def __init__(
+        self,
+        config,
+        adapters=Adapters(),
+        dtype=torch.float32,
+        device="cpu",
+        compute_dtype=None,
+        init=True,
+    ):
         super().__init__()
-        _check_memory(config, adapters, dtype, device)
         self.config, self.adapters, self.compute_dtype = config, adapters, compute_dtype or dtype
-        self.merged = None  # after merge(): 'silent' or 'cot', the pathway that the weights now are
-        self.plain, self.compiled = False, None  # see be_plain(), compile()
-        self.activation_checkpointing = False  # keep a layer's input alone for the backward pass (not with a cache)
-        kind = dict(dtype=dtype, device=device)
+        self.merged = None  # after merge(): 'silent' or 'cot', the pathway that the weights are now
+        self.activation_checkpointing = False  # keep only a layer's input for the backward pass
+        self.compiled = None  # see compile_layers()
+        self.base_digest = None  # of the files that the weights came from
         V, n, gpt2 = config.vocab_size, config.hidden_size, config.model_type == "gpt2"
+        kind = dict(dtype=dtype, device=device)
         self.embed_tokens = nn.Parameter(torch.empty(V, n, **kind))
-        self.embed_positions = nn.Parameter(torch.empty(config.max_position_embeddings, n, **kind)) if gpt2 else None
-        self.layers = nn.ModuleList(Block(config, adapters, i, **kind) for i in range(config.num_hidden_layers))
+        self.embed_positions = self.lm_head = self.projector = self.new_embeddings = None
+        if gpt2:
+            positions = torch.empty(config.max_position_embeddings, n, **kind)
+            self.embed_positions = nn.Parameter(positions)
+        L = config.num_hidden_layers
+        self.layers = nn.ModuleList(Block(config, adapters, i, **kind) for i in range(L))
         self.norm = Norm(config, **kind)
-        self.lm_head = None if config.tie_word_embeddings else nn.Parameter(torch.empty(V, n, **kind))
-        for name, parameter in self.named_parameters():
-            if adapters.lora_rank and not name.endswith(ADAPTED):
-                parameter.requires_grad_(False)
-        self.extra_rows = None
-        if adapters.extra_rows:
-            rows = torch.zeros(adapters.extra_rows, n, device=device)
-            self.extra_rows = nn.Parameter(rows, requires_grad=adapters.train_extra_rows)
-        self.projector = Projector(n, device) if adapters.projector else None
-        self.frequencies = None if gpt2 else rope_frequencies(config).to(device or "cpu")
-        if random_init:
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Parameter(torch.empty(V, n, **kind))
+        if adapters.lora_rank:
+            for name, parameter in self.named_parameters():
+                parameter.requires_grad_(is_adapter(name))
+        if adapters.new_embeddings:
+            rows = torch.zeros(adapters.new_embeddings, n, device=device)
+            self.new_embeddings = nn.Parameter(rows, adapters.train_new_embeddings)
+        if adapters.projector:
+            self.projector = Projector(n, device)
+        self.frequencies = None if gpt2 else rope_frequencies(config).to(device)  # [e/2]
+        if init:
             self.init_weights()
 
-    @classmethod
-    def from_pretrained(cls, directory, adapters=Adapters(), dtype=torch.float32, device=None, compute_dtype=None):
-        """The model of a Hugging Face directory: config.json, and model.safetensors or the shards of an index.
-
-        Raises FileNotFoundError or ValueError, naming the file and the field or tensor.
-        """
-        config, files = ModelConfig.from_pretrained(directory), _weight_files(directory)
-        _load_base(cls.outline(config, adapters, len(files)), files, directory)  # compares, before memory is taken
-        model = cls(config, adapters, dtype, device, compute_dtype, random_init=False)
-        _load_base(model, files, directory)
-        model.init_extra_rows()
-        return model
-
-    @classmethod
-    def outline(cls, config, adapters, tensors):
-        """The model without its numbers (on the device 'meta'), to be compared with the headers of files that hold so many
-        tensors. Of more layers than these could fill, there is one."""
-        layers = min(config.num_hidden_layers, tensors + 1)
-        return cls(replace(config, num_hidden_layers=layers), adapters, device="meta", random_init=False)
-
-    @torch.no_grad()
-    def init_weights(self):
-        """Random base weights: N(0, 1/fan_in), the projections back into the residual stream by 1/sqrt(2L) smaller; the
-        embeddings of a tied head as a head, others N(0, 1/4), or weight decay has them before they have learned."""
-        for name, module in self.named_modules():
-            if isinstance(module, Linear):
-                std = 1 / math.sqrt(module.n_in)
-                if name.endswith(("o_proj", "down_proj")):
-                    std /= math.sqrt(2 * len(self.layers))
-                module.weight.normal_(0, std)
-        head = 1 / math.sqrt(self.config.hidden_size)
-        self.embed_tokens.normal_(0, head if self.lm_head is None else 0.5)
-        for table in (self.embed_positions, self.lm_head):
-            if table is not None:
-                table.normal_(0, head)
-        self.init_extra_rows()
-
-    @torch.no_grad()
-    def init_extra_rows(self):
-        """The mean of the embeddings; where there are several rows, which must differ, drawn around it as they are."""
-        if self.extra_rows is not None:
-            table = self.embed_tokens.float()
-            self.extra_rows.copy_(table.mean(0).expand_as(self.extra_rows))
-            if len(self.extra_rows) > 1:
-                self.extra_rows.add_(table.std(0) * torch.randn_like(self.extra_rows))
-
-    def compile(self, **how):
-        """torch.compile of each layer: one graph serves all layers and lengths. With a cache they stay as they are."""
-        self.compiled = [torch.compile(layer, dynamic=True, **how) for layer in self.layers]
-
-    def embed(self, ids):  # [B, T] -> [B, T, n]
-        if self.extra_rows is None:
-            return F.embedding(ids, self.embed_tokens)
-        V = self.config.vocab_size
-        extra = F.embedding((ids - V).clamp(min=0), self.extra_rows).to(self.embed_tokens.dtype)
-        return torch.where((ids >= V)[..., None], extra, F.embedding(ids.clamp(max=V - 1), self.embed_tokens))
-
-    def forward(self, ids, silent=False, positions=None, cache=None, at=None, tail=0, end=None):
-        """ids [B, T], or the embeddings themselves [B, T, n], -> hidden states after the final norm [B, T - tail, n].
-
-        silent: the ST pathway (REM on).
-        positions [B, T]: each token's position in its row, for decoding with a cache; 0..T-1 where None.
-        cache: a KVCache, to be written and read.
-        end: the largest position + 1, if known; otherwise it is read from the device, which waits.
-        at: (rows [P], columns [P]) of some tokens; then also returns the output of every decoder layer there, before
-        the final norm: (hidden, states [L, P, n]). Nothing else of the layers is kept.
-        tail: the first index whose hidden state is asked for (not with positions, and `at` must not be below it); of the tokens
-        before, the last layer computes keys and values only.
-        """
-        T = ids.shape[1]
-        assert not (tail and positions is not None)
-        mask, where = None, torch.arange(T, device=ids.device)[None]
-        if positions is None:
-            end = T
-        else:
-            end, where = end or int(positions.max()) + 1, positions
-            mask = torch.arange(end, device=ids.device) <= positions[:, None, :, None]  # [B, 1, T, end]
-        if end > self.config.max_position_embeddings:
-            raise ValueError(f"a row of {end} tokens, but the model has {self.config.max_position_embeddings} positions")
-        rope = None
-        if self.frequencies is not None:
-            self.frequencies = self.frequencies.to(ids.device)
-            rope = rope_table(where, self.frequencies)
-        x = ids if ids.is_floating_point() else self.embed(ids)
-        if self.embed_positions is not None:
-            x = x + F.embedding(where, self.embed_positions)
-        x, states = x.to(self.compute_dtype), []
-        for i, layer in enumerate(self.compiled if self.compiled and cache is None else self.layers):
-            if self.activation_checkpointing and torch.is_grad_enabled() and cache is None:
-                layer = partial(checkpoint, layer, use_reentrant=False)
-            first = tail if i == len(self.layers) - 1 else 0
-            if first:
-                mask = where <= where[0, first:, None]  # [T - tail, T]
-            x = layer(x, silent, rope, cache, positions, end, mask, first)
-            if at is not None:
-                states.append(x[at[0], at[1] - first])  # [P, n]
-        hidden = self.norm(x)
-        return hidden if at is None else (hidden, torch.stack(states))
+    @property
+    def device(self):
+        return self.embed_tokens.device
 
     @property
     def head(self):  # [V, n]
         return self.embed_tokens if self.lm_head is None else self.lm_head
 
+    @torch.no_grad()
+    def init_weights(self):
+        """Random base weights: N(0, 1/fan_in), the projections back into the residual stream by
+        sqrt(2L) smaller. Embeddings that are no head are drawn larger, N(0, 1/4): weight decay
+        would have them before they have learned."""
+        for name, module in self.named_modules():
+            if isinstance(module, Linear):
+                into_residual = name.endswith(("o_proj", "down_proj"))
+                shrink = math.sqrt(2 * len(self.layers)) if into_residual else 1
+                module.weight.normal_(0, 1 / math.sqrt(module.n_in) / shrink)
+        std = 1 / math.sqrt(self.config.hidden_size)
+        self.embed_tokens.normal_(0, std if self.lm_head is None else 0.5)
+        for table in (self.embed_positions, self.lm_head):
+            if table is not None:
+                table.normal_(0, std)
+        self.init_new_embeddings()
+
+    @torch.no_grad()
+    def init_new_embeddings(self):
+        """The mean of the embeddings; several, which must differ, are drawn around it."""
+        if self.new_embeddings is not None:
+            table = self.embed_tokens.float()
+            self.new_embeddings.copy_(table.mean(dim=0).expand_as(self.new_embeddings))
+            if len(self.new_embeddings) > 1:
+                noise = torch.randn_like(self.new_embeddings)
+                self.new_embeddings.add_(table.std(dim=0) * noise)
+
+    def compile_layers(self):
+        """torch.compile: one graph serves all layers and lengths, in passes without a cache."""
+        self.compiled = [torch.compile(layer, dynamic=True) for layer in self.layers]
+
+    def embed(self, ids):  # [B, T] -> [B, T, n]
+        if self.new_embeddings is None:
+            return F.embedding(ids, self.embed_tokens)
+        V = self.config.vocab_size
+        new = F.embedding((ids - V).clamp(min=0), self.new_embeddings)
+        old = F.embedding(ids.clamp(max=V - 1), self.embed_tokens)
+        return torch.where((ids >= V)[..., None], new.to(old.dtype), old)
+
+    def forward(
+        self,
+        ids,
+        silent=False,
+        positions=None,
+        cache=None,
+        capture=None,
+        first_needed=0,
+        kv_length=None,
+    ):
+        """ids [B, T], or embeddings [B, T, n] -> hidden states after the final norm
+        [B, T - first_needed, n].
+
+        silent: the ST pathway (REM on). cache: a KVCache, to be written and read.
+        positions [B, T]: of the tokens in their rows, for decoding with a cache; None: 0..T-1.
+        kv_length: the largest position + 1, where it is known; else the device is waited for.
+        capture: (rows [P], columns [P]) of tokens; then it returns (hidden, states [L, P, n]), the
+        output of every decoder layer there, before the final norm. Nothing else of it is kept.
+        first_needed: the first index that is asked for, without positions; of the tokens before,
+        the last layer makes keys and values only.
+        ValueError for rows longer than the model's positions.
+        """
+        x = ids if ids.is_floating_point() else self.embed(ids)
+        T, mask, given = x.shape[1], None, positions
+        if positions is None:
+            positions, kv_length = torch.arange(T, device=x.device)[None], T
+        elif kv_length is None:
+            kv_length = int(positions.max()) + 1
+        if kv_length > self.config.max_position_embeddings:
+            most = self.config.max_position_embeddings
+            raise ValueError(f"a row of {kv_length} tokens, but the model has {most} positions")
+        columns = torch.arange(kv_length, device=x.device)
+        if given is not None:
+            mask = columns <= positions[:, None, :, None]  # [B, 1, T, kv_length]
+        rope = None
+        if self.frequencies is None:
+            x = x + F.embedding(positions, self.embed_positions)
+        else:
+            self.frequencies = self.frequencies.to(x.device)
+            angles = positions[:, None, :, None] * self.frequencies  # [B or 1, 1, T, e/2]
+            rope = angles.cos(), angles.sin()
+        x, states = x.to(self.compute_dtype), []
+        shared = Pass(silent, positions, rope, mask, cache, kv_length)
+
+        layers = self.layers if self.compiled is None or cache is not None else self.compiled
+        for i, layer in enumerate(layers):
+            first = first_needed if i == len(layers) - 1 else 0
+            if first:
+                shared = shared._replace(mask=columns <= columns[first:, None])  # [T - first, T]
+            if self.activation_checkpointing and torch.is_grad_enabled() and cache is None:
+                layer = partial(checkpoint, layer, use_reentrant=False)
+            x = layer(x, shared, first)
+            if capture is not None:
+                states.append(x[capture[0], capture[1] - first])  # [P, n]
+        hidden = self.norm(x)
+        return hidden if capture is None else (hidden, torch.stack(states))
+
     def logits(self, hidden):  # [..., n] -> [..., V]
-        """Scores of the V tokens of the vocabulary; an extra row is only ever read, never predicted."""
+        """Scores of the vocabulary; a new embedding is only ever read, never predicted."""
         return F.linear(hidden, self.head.to(hidden.dtype))
 
     @torch.no_grad()
     def merge(self, silent=True):
-        """Folds LoRA and (silent) REM into the weights: after it the model is an ordinary one of its family, in
-        `compute_dtype`, and does what the pathway did. A second call changes nothing. Returns the model.
-
-        Raises ValueError where the weights are already those of the other pathway.
-        """
+        """Folds LoRA and (silent) REM into the weights: an ordinary model of its family, in
+        `compute_dtype`, that does what the pathway did. A second call changes nothing. Returns
+        the model. ValueError where the weights are already those of the other pathway."""
         pathway = "silent" if silent else "cot"
         if self.merged not in (None, pathway):
-            raise ValueError(f"the weights were merged for the {self.merged} pathway; load them again for the other")
-        for layer in self.layers:
-            attention = layer.self_attn
-            rem = {attention.k_proj: attention.rem_k, attention.v_proj: attention.rem_v} if silent else {}
-            attention.rem_k = attention.rem_v = None
-            for module in layer.modules():
-                if isinstance(module, Linear):
-                    module.merge(rem.get(module))
+            raise ValueError(f"the weights were merged for the {self.merged} pathway")
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.merge(silent)
         self.merged = pathway
-        projector, self.projector = self.projector, None  # is no part of the ordinary model, and stays in fp32
+        projector, self.projector = self.projector, None  # is no part of it, and stays in fp32
         self.to(self.compute_dtype)
         self.projector = projector
         return self.requires_grad_(False)
 
-    @torch.no_grad()
-    def fuse(self):
-        """After merge(): q, k and v as one product, gate and up as one, for faster answers. Returns the model, whose weights no longer
-        go by a checkpoint's names. ValueError before merge()."""
-        if self.merged is None:
-            raise ValueError("only a merged model can be fused")
-        for layer in self.layers:
-            attention, mlp = layer.self_attn, layer.mlp
-            attention.qkv_proj = Linear.fused(attention.q_proj, attention.k_proj, attention.v_proj)
-            attention.q_proj = attention.k_proj = attention.v_proj = None
-            if mlp.gate_proj is not None:
-                mlp.gate_up_proj = Linear.fused(mlp.gate_proj, mlp.up_proj)
-                mlp.gate_proj = mlp.up_proj = None
-        return self
+    def state(self, whole=False):
+        """{name: tensor} that a run must keep: what is trained, and new embeddings; whole: the
+        frozen rest, too, where it can be had from nowhere else."""
+        return {
+            name: parameter.detach()
+            for name, parameter in self.named_parameters()
+            if whole or parameter.requires_grad or name == "new_embeddings"
+        }
 
-    def be_plain(self):
-        """From now on training takes none of the shortcuts: one product for each projection, F.dropout (which draws other random
-        numbers on a CPU), all logits at once, all of the last layer (dart.py). Returns the model."""
-        for module in self.modules():
-            module.plain = True
-        return self
+    @torch.no_grad()
+    def load_state(self, tensors, path, whole=False):
+        """Takes over what `state` gave. ValueError, with the path, for other names or shapes."""
+        own = self.state(whole)
+        if odd := sorted(own.keys() ^ tensors.keys()):
+            raise ValueError(f"{path}: {odd[0]} and {len(odd) - 1} other tensors too many or few")
+        for name, parameter in own.items():
+            check_tensor(path, name, tensors[name], parameter.shape)
+            parameter.copy_(tensors[name])
 
     def training_flops(self, lengths, learned, silent=False):
-        """Floating-point operations (two for a multiply-add) of a plain forward and backward pass over rows of the given lengths
-        [B], with logits for `learned` tokens: the matrix products, of frozen weights without their own gradient, and the
-        attention between the pairs of tokens that see each other. Norms and the like are left out."""
+        """Floating-point operations (2 for a multiply-add) of a forward and a backward pass over
+        rows of these lengths [B], with logits for `learned` tokens: the matrix products, of frozen
+        weights without their own gradient, and attention between tokens that see each other."""
         lengths, config = np.asarray(lengths, dtype=np.float64), self.config
         width = config.num_attention_heads * config.head_dim * config.num_hidden_layers
         total = 3 * 4 * width * (lengths * (lengths + 1) / 2).sum()
         for name, p in self.layers.named_parameters():
-            if p.dim() == 2 and (silent or ".rem_" not in name):
+            if p.dim() == 2 and (silent or not (".rem." in name or ".silent_lora." in name)):
                 total += (3 if p.requires_grad else 2) * 2 * lengths.sum() * p.numel()
-        return float(total + (3 if self.head.requires_grad else 2) * 2 * learned * self.head.numel())
+        head = (3 if self.head.requires_grad else 2) * 2 * learned * self.head.numel()
+        return float(total + head)
 
-    def adapter_state(self, complete=False):
-        """What a run must keep, name -> tensor: all that is trained, and the extra rows; complete: the frozen rest, too,
-        where it can be had from nowhere else."""
-        return {name: p.detach() for name, p in self.named_parameters() if complete or p.requires_grad or name == "extra_rows"}
-
-    def load_adapter_state(self, path, complete=False):
-        """Reads a safetensors file of `adapter_state`; on the device 'meta' only compares its header. Raises ValueError for a
-        missing, extra or mis-shaped tensor."""
-        own, stored = self.adapter_state(complete), tensors_of(path)
-        if odd := sorted(set(stored) ^ set(own)):
-            raise ValueError(f"{path}: {odd[0]} and {len(odd) - 1} other tensors are on one side only: the file is "
-                             f"of a model with other adapters")  # fmt: skip
-        for name, tensor in own.items():
-            _check(tensor, stored[name])
-        for name, tensor in own.items():
-            _copy(tensor, stored[name])
+    @classmethod
+    def from_pretrained(
+        cls, directory, adapters=Adapters(), dtype=torch.float32, device="cpu", compute_dtype=None
+    ):
+        """The model of a Hugging Face directory: config.json, and model.safetensors or the shards
+        of an index. FileNotFoundError or ValueError, naming the file and the field or tensor."""
+        config = ModelConfig.from_pretrained(directory)
+        model = cls(config, adapters, dtype, device, compute_dtype, init=False)
+        model.base_digest = load_checkpoint(model, directory)
+        model.init_new_embeddings()
+        return model
 
 
-# ----------------------------------------------------------------------------------------------------------- loading
+def is_adapter(name):
+    """Is the parameter of this name none of the base model's?"""
+    parts = {"lora", "rem", "silent_lora", "new_embeddings", "projector"}
+    return not parts.isdisjoint(name.split("."))
 
 
-def _expect(raw, **supported):
-    """Refuses a configuration whose field, where it is given, is not what the code computes."""
-    for name, values in supported.items():
-        if name in raw and raw[name] not in values:
-            raise ValueError(f"{name} = {raw[name]!r} is not supported (only {', '.join(map(repr, values))})")
+# ----------------------------------------------------------------------- Hugging Face's weights
+
+GPT2_NAMES = {
+    "embed_tokens": "wte",
+    "embed_positions": "wpe",
+    "layers": "h",
+    "input_layernorm": "ln_1",
+    "self_attn": "attn",
+    "q_proj": "c_attn",
+    "k_proj": "c_attn",
+    "v_proj": "c_attn",
+    "o_proj": "c_proj",
+    "post_attention_layernorm": "ln_2",
+    "up_proj": "c_fc",
+    "down_proj": "c_proj",
+    "norm": "ln_f",
+}
+IGNORED = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # causal masks, rope
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def _read_llama(raw):
-    layer_types = sorted(set(raw.get("layer_types") or ["full_attention"]))
-    _expect(raw | {"layer_types": layer_types}, model_type=("llama", "qwen2"), hidden_act=("silu",), mlp_bias=(False,),
-            attention_bias=(False,) if raw.get("model_type") == "llama" else (True, False), quantization_config=(None,),
-            use_sliding_window=(False,), layer_types=(["full_attention"],))  # fmt: skip
-    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    _expect(raw | rope, partial_rotary_factor=(1.0, None))
-    if raw.get("rope_parameters") and rope != raw["rope_parameters"]:
-        raise ValueError("rope_scaling and rope_parameters are both there, and differ")
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type not in ("default", "llama3"):
-        raise ValueError(f"rope type {rope_type!r} is not supported (only 'default', 'llama3')")
-    for name in {"rope_theta", "original_max_position_embeddings"} & raw.keys() & rope.keys():
-        if raw[name] != rope[name]:
-            raise ValueError(f"{name} is {raw[name]!r}, but {rope[name]!r} among the parameters of the rope")
-    heads = raw["num_attention_heads"]
-    return ModelConfig(
-        model_type=raw["model_type"], vocab_size=raw["vocab_size"], hidden_size=raw["hidden_size"],
-        intermediate_size=raw["intermediate_size"], num_hidden_layers=raw["num_hidden_layers"], num_attention_heads=heads,
-        num_key_value_heads=heads if raw.get("num_key_value_heads") is None else raw["num_key_value_heads"],
-        head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-        max_position_embeddings=raw["max_position_embeddings"], norm_eps=raw["rms_norm_eps"],
-        tie_word_embeddings=raw.get("tie_word_embeddings", False),
-        rope_theta=rope.get("rope_theta", raw.get("rope_theta", 10000.0)),
-        rope_scaling={name: float((raw | rope)[name]) for name in LLAMA3_ROPE} if rope_type == "llama3" else None,
-    )  # fmt: skip
-
-
-def _read_gpt2(raw):
-    _expect(raw, activation_function=("gelu_new", "gelu_pytorch_tanh"), scale_attn_weights=(True,),
-            scale_attn_by_inverse_layer_idx=(False,), add_cross_attention=(False,), quantization_config=(None,))  # fmt: skip
-    n, heads = raw["n_embd"], raw["n_head"]
-    if type(n) is not int or type(heads) is not int:  # a text % heads could be of any length
-        raise ValueError(f"n_embd {n!r} or n_head {heads!r} is not a whole number")
-    if n % heads:
-        raise ValueError(f"n_embd {n} is not a multiple of n_head {heads}")
-    return ModelConfig(
-        model_type="gpt2", vocab_size=raw["vocab_size"], hidden_size=n, intermediate_size=raw.get("n_inner") or 4 * n,
-        num_hidden_layers=raw["n_layer"], num_attention_heads=heads, num_key_value_heads=heads, head_dim=n // heads,
-        max_position_embeddings=raw["n_positions"], norm_eps=raw["layer_norm_epsilon"],
-        tie_word_embeddings=raw.get("tie_word_embeddings", True),
-    )  # fmt: skip
-
-
-GPT2_NAMES = {"embed_tokens": "wte", "embed_positions": "wpe", "layers": "h", "input_layernorm": "ln_1",
-              "post_attention_layernorm": "ln_2", "self_attn": "attn", "up_proj": "c_fc", "norm": "ln_f",
-              "q_proj": "c_attn", "k_proj": "c_attn", "v_proj": "c_attn", "o_proj": "c_proj", "down_proj": "c_proj"}  # fmt: skip
-
-
-def _checkpoint_names(model):
-    """For each base parameter: its name in a Hugging Face checkpoint, without the model's prefix, and which third of
-    GPT-2's c_attn it is (None elsewhere)."""
+def checkpoint_layout(model):
+    """{name of a tensor in a Hugging Face checkpoint, without prefix: its parameters}. Of GPT-2's
+    c_attn these are three, side by side in the last dimension."""
+    layout = {}
     for name, parameter in model.named_parameters():
-        parts, third = name.split("."), None
-        if parts[-1] in (*ADAPTED, "extra_rows") or parts[0] == "projector":
+        if is_adapter(name):
             continue
+        parts = name.split(".")
         if parts[-1] in ("embed_tokens", "embed_positions", "lm_head"):
             parts.append("weight")
         if model.config.model_type == "gpt2":
-            if GPT2_NAMES.get(parts[-2]) == "c_attn":
-                third = "qkv".index(parts[-2][0])
             parts = [GPT2_NAMES.get(part, part) for part in parts]
-        yield ".".join(parts), parameter, third
+        layout.setdefault(".".join(parts), []).append(parameter)
+    return layout
 
 
-def _open_safetensors(path):
-    if not Path(path).is_file():
+def checkpoint_prefix(config):
+    return "transformer." if config.model_type == "gpt2" else "model."
+
+
+@torch.no_grad()
+def load_checkpoint(model, directory):
+    """Fills the base weights in one pass over the tensors of the directory's files. Every tensor
+    has a place, or says nothing new; one that comes twice, as a tied head may, is the same twice.
+    Returns the digest of all tensors. FileNotFoundError or ValueError, naming file and tensor."""
+    layout, prefix = checkpoint_layout(model), checkpoint_prefix(model.config)
+    embedding = next(iter(layout))
+    places = layout | ({"lm_head.weight": layout[embedding]} if model.lm_head is None else {})
+    filled, digests = {}, {}
+    for path in weight_files(directory):
+        with open_safetensors(path) as file:
+            for stored in sorted(file.keys()):
+                name = stored.removeprefix(prefix)
+                if name.endswith(IGNORED):
+                    continue
+                if name not in places:
+                    raise ValueError(f"{path}: the tensor {stored} has no place in this model")
+                parameters, tensor = places[name], file.get_tensor(stored)
+                *shape, size = parameters[0].shape
+                check_tensor(path, stored, tensor, [*shape, size * len(parameters)])
+                digests[name] = tensor_digest(tensor)
+                name = embedding if parameters is layout[embedding] else name
+                if name in filled and not torch.equal(parameters[0], tensor.to(parameters[0])):
+                    raise ValueError(f"{path}: {stored} is there twice, or not the embedding")
+                for parameter, part in zip(parameters, tensor.split(size, dim=-1), strict=True):
+                    parameter.copy_(part)
+                filled[name] = stored
+    if missing := layout.keys() - filled.keys():
+        raise ValueError(f"{directory}: the tensor {min(missing)} is missing")
+    return digest_of(digests)
+
+
+def check_tensor(path, name, tensor, shape):
+    """ValueError unless a stored tensor can be a parameter's value."""
+    if list(tensor.shape) != list(shape):
+        raise ValueError(f"{path}: {name} has shape {list(tensor.shape)}, expected {list(shape)}")
+    if tensor.dtype not in FLOATS:
+        raise ValueError(f"{path}: {name} is {tensor.dtype}, not a floating-point tensor")
+    if not tensor.isfinite().all():
+        raise ValueError(f"{path}: {name} is not finite")
+
+
+def tensor_digest(tensor):
+    """The sha256 of a tensor's type, shape and bytes."""
+    content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    sha = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
+    sha.update(content)
+    return sha.hexdigest()
+
+
+def digest_of(digests):
+    """One digest of {name: digest}."""
+    return hashlib.sha256(json.dumps(sorted(digests.items())).encode()).hexdigest()
+
+
+def weight_files(directory):
+    """The paths of model.safetensors, or of the shards in its index."""
+    path = Path(directory) / "model.safetensors"
+    if path.is_file():
+        return [path]
+    index = Path(f"{path}.index.json")
+    if not index.is_file():
+        raise FileNotFoundError(f"{path}: no such file, nor {index.name}; no other format is read")
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return sorted(index.with_name(name) for name in names)
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{index}: not an index of files beside it ({error!r})") from None
+
+
+def open_safetensors(path):
+    if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
         return safe_open(path, framework="pt")
@@ -739,191 +805,57 @@ def _open_safetensors(path):
         raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
 
 
-class Stored(NamedTuple):
-    """A tensor as a safetensors file's header has it; dtype: F32 and the like."""
-
-    path: Path
-    name: str
-    shape: list
-    dtype: str
+# --------------------------------------------------------------------------------------- export
 
 
-def tensors_of(path):
-    """{tensor name: Stored} of a safetensors file. FileNotFoundError, or ValueError with the path."""
-    with _open_safetensors(path) as file:
-        parts = {name: file.get_slice(name) for name in file.keys()}
-        return {name: Stored(path, name, part.get_shape(), part.get_dtype()) for name, part in parts.items()}
-
-
-def _weight_files(directory):
-    """{tensor name: Stored}, of model.safetensors, or of the shards that an index lists."""
-    path = Path(directory) / "model.safetensors"
-    if path.is_file():
-        return tensors_of(path)
-    index = Path(f"{path}.index.json")
-    if not index.is_file():
-        raise FileNotFoundError(f"{path}: no such file, nor {index.name} (weights in other formats are not read)")
-    try:
-        if index.stat().st_size > 2**26:
-            raise ValueError("too large")
-        listed = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-        paths = {shard: index.with_name(shard) for shard in sorted(set(listed.values()))}
-    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{index}: not an index of files beside it ({error!r})") from None
-    files = {}
-    for shard, path in paths.items():
-        stored = tensors_of(path)
-        if odd := {name for name in listed if listed[name] == shard} ^ set(stored):
-            raise ValueError(f"{index}: {min(odd)} is in {shard} or in its list here, but not in both")
-        files |= stored
-    return files
-
-
-FLOATS = ("F64", "F32", "F16", "BF16")
-
-
-def _check(parameter, stored, third=None):
-    """ValueError unless a stored tensor (or that third of its last dimension) can be the parameter's value."""
-    want = list(parameter.shape) if third is None else [*parameter.shape[:-1], 3 * parameter.shape[-1]]
-    if stored.shape != want:
-        raise ValueError(f"{stored.path}: {stored.name} has the shape {stored.shape}, the configuration asks for {want}")
-    if stored.dtype not in FLOATS:
-        raise ValueError(f"{stored.path}: {stored.name} is {stored.dtype}, not a floating-point tensor ({', '.join(FLOATS)})")
-
-
-@torch.no_grad()
-def _copy(parameter, stored, third=None):
-    """parameter <- a stored tensor that was checked; nothing on the device 'meta'. The file is mapped for this tensor alone,
-    or the pages of all that was read before would count as memory in use."""
-    if parameter.is_meta:
-        return
-    with _open_safetensors(stored.path) as file:
-        part, size = file.get_slice(stored.name), parameter.shape[-1]
-        parameter.copy_(part[:] if third is None else part[..., third * size : (third + 1) * size])
-
-
-def _check_memory(config, adapters, dtype, device):
-    """ValueError where the machine, or the GPU, has less memory than the weights take."""
-    device = torch.device(device or "cpu")
-    if device.type == "meta":
-        return
-    one = Transformer(replace(config, num_hidden_layers=1), adapters, dtype, "meta", random_init=False)
-    whole, layer = (sum(p.numel() * p.element_size() for p in module.parameters()) for module in (one, one.layers))
-    need = whole + (config.num_hidden_layers - 1) * layer
-    gpu = device.type == "cuda"
-    have = torch.cuda.mem_get_info(device)[1] if gpu else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if need > have:
-        raise ValueError(f"the weights of this configuration take {need / 2**30:.1f} GiB, more than the {have / 2**30:.1f} GiB "
-                         f"of the {'GPU' if gpu else 'machine'}")  # fmt: skip
-
-
-def _load_base(model, files, directory):
-    """Fills the base weights from the directory's `_weight_files`, or only compares them with the headers, on the device 'meta'.
-    Every tensor is used, or known to say nothing new."""
-    prefix = "transformer." if model.config.model_type == "gpt2" else "model."
-    stored, used = {}, set()
-    for name in files:
-        if stored.setdefault(name.removeprefix(prefix), name) != name:
-            raise ValueError(f"{directory}: {name} is there with and without {prefix!r}")
-    for name, parameter, third in _checkpoint_names(model):
-        if name not in stored:
-            raise ValueError(f"{directory}: the tensor {'' if name == 'lm_head.weight' else prefix}{name} is missing")
-        _check(parameter, files[stored[name]], third)
-        _copy(parameter, files[stored[name]], third)
-        used.add(name)
-    ignorable = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # causal masks, rope: computed here
-    for name in stored.keys() - used:
-        tensor, tied = files[stored[name]], name == "lm_head.weight" and model.config.tie_word_embeddings
-        if tied and not _same(model.embed_tokens, tensor):
-            raise ValueError(f"{tensor.path}: {name} is not the embedding, though tie_word_embeddings is true")
-        if not tied and not name.endswith(ignorable):
-            raise ValueError(f"{tensor.path}: the tensor {tensor.name} has no place in this model")
-
-
-def _same(parameter, stored, rows=8192):
-    """Is a stored tensor the parameter [V, n]? Some rows are read at a time; on the device 'meta' shape and type are all."""
-    if stored.shape != list(parameter.shape) or stored.dtype not in FLOATS:
-        return False
-    for start in range(0, 0 if parameter.is_meta else len(parameter), rows):
-        with _open_safetensors(stored.path) as file:
-            part, mine = file.get_slice(stored.name)[start : start + rows], parameter[start : start + rows]
-        if not torch.equal(part.to(mine), mine):
-            return False
-    return True
-
-
-# ------------------------------------------------------------------------------------------------------------ export
-
-
-def write_config(config):
-    """The fields of a Hugging Face `config.json`, as transformers of version 4, too, and vLLM know them."""
+def config_json(config):
+    """The fields of a Hugging Face `config.json`, as versions 4 and 5 of transformers read them."""
     if config.model_type == "gpt2":
-        return {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": config.vocab_size, "n_embd": config.hidden_size,
-                "n_inner": config.intermediate_size, "n_layer": config.num_hidden_layers, "n_head": config.num_attention_heads,
-                "n_positions": config.max_position_embeddings, "layer_norm_epsilon": config.norm_eps,
-                "activation_function": "gelu_new", "tie_word_embeddings": config.tie_word_embeddings}  # fmt: skip
+        raw = {theirs: getattr(config, ours) for ours, theirs in GPT2_FIELDS.items()}
+        more = dict(architectures=["GPT2LMHeadModel"], activation_function="gelu_new")
+        return {"model_type": "gpt2"} | more | raw
     raw = asdict(config)
-    raw |= {"architectures": [{"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[config.model_type]],
-            "hidden_act": "silu", "rms_norm_eps": raw.pop("norm_eps")}  # fmt: skip
+    name = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[config.model_type]
+    raw |= {"architectures": [name], "hidden_act": "silu", "rms_norm_eps": raw.pop("norm_eps")}
     if scaling := raw["rope_scaling"]:
         context = int(scaling["original_max_position_embeddings"])
-        raw["rope_scaling"] = {"rope_type": "llama3", **scaling, "original_max_position_embeddings": context}
+        scaling |= {"rope_type": "llama3", "original_max_position_embeddings": context}
     return raw
 
 
 @torch.no_grad()
-def export_hf(model, directory, st_id=None, tokens=None, shard_bytes=5 * 10**9):
-    """Writes a merged model into a directory as Hugging Face's libraries read it: config.json, generation_config.json, and
-    model.safetensors or, above `shard_bytes`, shards and their index.
+def export_hf(model, directory, st_id=None, tokens=None):
+    """Writes a merged model into a directory as Hugging Face's libraries read it: config.json,
+    generation_config.json, model.safetensors. Returns the number of weights.
 
-    st_id: where the embedding of the model's extra row goes, below V or V itself; None: nowhere. tokens: {"bos_token_id": ..., ...},
-    for both configurations. Returns the number of weights. Raises ValueError for a model that is not merged, or `fuse`d, and OSError.
+    st_id: where the first new embedding goes, below V or V itself; None: nowhere. tokens: token ids
+    for the configurations. ValueError for a model that is not merged; OSError.
     """
-    if model.merged is None or model.layers[0].self_attn.q_proj is None:
-        raise ValueError("only a merged model, not a fused one, has the weights of a checkpoint")
-    config, tokens = model.config, tokens or {}
-    head, embed, V = model.head, model.embed_tokens, model.config.vocab_size
+    if model.merged is None:
+        raise ValueError("only a merged model has the weights of a checkpoint")
+    config, tokens, directory = model.config, tokens or {}, Path(directory)
+    embed, head, prefix = model.embed_tokens, model.head, checkpoint_prefix(config)
     if st_id is not None:
-        row = model.extra_rows[:1].to(embed.dtype)
-        if st_id == V:  # a new token's score is the mean of all: it is never the largest
-            head = torch.cat((head, head.float().mean(0, keepdim=True).to(head.dtype)))
-        embed = torch.cat((embed[:st_id], row, embed[st_id + 1 :]))
-        # a row that is not trained is the mean itself, and need not be told from the head's
-        tied = config.tie_word_embeddings and not model.adapters.train_extra_rows
+        # <st> is read and never written: it scores the mean of all tokens. Where its embedding is
+        # the mean of the embeddings, a tied head says just that.
+        new, mean = model.new_embeddings[:1].to(embed.dtype), embed.float().mean(dim=0)
+        tied = config.tie_word_embeddings and torch.equal(new[0], mean.to(embed.dtype))
+        embed = torch.cat((embed[:st_id], new, embed[st_id + 1 :]))
+        mean = head.float().mean(dim=0, keepdim=True).to(head.dtype)
+        head = torch.cat((head[:st_id], mean, head[st_id + 1 :]))
         config = replace(config, vocab_size=len(embed), tie_word_embeddings=tied)
-    prefix, parts = "transformer." if config.model_type == "gpt2" else "model.", {}
-    for name, parameter, _ in _checkpoint_names(model):  # c_attn's thirds in their order
-        parts.setdefault(prefix + name, []).append(parameter)
-    parts.pop(f"{prefix}lm_head.weight", None)
-    parts[prefix + ("wte.weight" if config.model_type == "gpt2" else "embed_tokens.weight")] = [embed]
+    layout = checkpoint_layout(model)
+    layout[next(iter(layout))] = [embed]
+    layout.pop("lm_head.weight", None)
+    weights = {prefix + name: torch.cat(parts, dim=-1).cpu() for name, parts in layout.items()}
     if not config.tie_word_embeddings:
-        parts["lm_head.weight"] = [head]
-    shards, size = [[]], 0
-    for name, some in parts.items():
-        more = sum(part.nbytes for part in some)
-        if shards[-1] and size + more > shard_bytes:
-            shards, size = [*shards, []], 0
-        shards[-1].append(name)
-        size += more
-    directory, files = Path(directory), ["model.safetensors"]
-    if len(shards) > 1:
-        files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-        index = {"metadata": {"total_size": sum(part.nbytes for some in parts.values() for part in some)},
-                 "weight_map": {name: file for file, names in zip(files, shards, strict=True) for name in names}}  # fmt: skip
-        _write_json(directory / "model.safetensors.index.json", index)
-    for file, names in zip(files, shards, strict=True):
-        save_file({name: torch.cat(parts[name], dim=-1).cpu() for name in names}, directory / file, {"format": "pt"})
-    dtype = {"torch_dtype": str(embed.dtype).removeprefix("torch.")}
-    _write_json(directory / "config.json", write_config(config) | dtype | tokens)
-    _write_json(directory / "generation_config.json", {"do_sample": False, **tokens})
-    return sum(part.numel() for some in parts.values() for part in some)
-
-
-def _write_json(path, value):
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-
-
-if __name__ == "__main__":  # python model.py export RUN_DIR HF_DIR
-    import eval as evaluation  # the one place that looks up: a run is what train.py writes and eval.py reads
-
-    evaluation.run_program(evaluation.export)
+        weights["lm_head.weight"] = head.cpu()
+    save_file(weights, directory / "model.safetensors", {"format": "pt"})
+    dtype = str(embed.dtype).removeprefix("torch.")
+    files = {
+        "config.json": config_json(config) | {"torch_dtype": dtype} | tokens,
+        "generation_config.json": {"do_sample": False} | tokens,
+    }
+    for name, content in files.items():
+        (directory / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return sum(weight.numel() for weight in weights.values())
