@@ -410,7 +410,7 @@ def lens_hit_rate(method, problems, k, rotations=10):
                 top.append(shares[..., 0].mean(dim=1))  # [L]
     if not looked_for.all():
         raise ValueError("--lens: the problems have no intermediate results; give it a question")
-    rates = {place: (counts / looked_for).T.tolist() for place, counts in hits.items()}
+    rates = {place: list(zip(*(counts / looked_for).tolist())) for place, counts in hits.items()}
     rows, n = [], int(looked_for[0, 0])
     for i in range(L + 1):
         row = {"layer": i + 1 if i < L else "any", "n": n}

@@ -34,6 +34,8 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP remarks on unused parameters
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -271,8 +273,8 @@ def train_side_by_side(commands, jobs):
 
 # ------------------------------------------------------------------------------- run directories
 
-RUN_FILES = ["adapter.safetensors", "best.safetensors", "checkpoint.safetensors", "log.jsonl"]
-RUN_FILES += ["result.json", "test.json", "table.md", "table.json", *data.BESIDE]
+RUN_FILES = ["result.json", "test.json", "table.md", "table.json", *data.BESIDE]  # in this order
+RUN_FILES += ["adapter.safetensors", "best.safetensors", "checkpoint.safetensors", "log.jsonl"]
 RUN_FILES += [name for names in data.READERS for name in names]
 
 
@@ -297,7 +299,8 @@ def check_directory(options):
 
 
 def lock(out):
-    """Creates the directory and locks it, for as long as this process and those it starts run."""
+    """Creates the directory and locks it, until the handle that it returns is closed, and those of
+    the processes that are started meanwhile."""
     out.mkdir(parents=True, exist_ok=True)
     handle = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
     os.set_inheritable(handle, True)
@@ -307,21 +310,22 @@ def lock(out):
         raise ValueError(f"--out {out}: another process is training in it") from None
     except OSError:  # a file system without locks
         pass
+    return handle
 
 
 def claim_directory(run):
     """Writes config.json. What is there of another run goes once that is on the disk, so that at
     any moment the directory can be resumed or replaced."""
-    options, out, model_config = run.options, Path(run.options.out), run.method.model.config
+    options, out = run.options, run.out
     if check_directory(options) is not None and options.resume:
-        return
+        return run.method.tokenizer.save(out)
     commit = None
     with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no git, or no repository
         command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
         commit = subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()
     versions = {"python": sys.version.split()[0], "torch": torch.__version__}
-    about = {name: dataclasses.asdict(value) for name, value in (("options", options),)}
-    about |= {"model_config": dataclasses.asdict(model_config), "run": run.fingerprint}
+    about = {"options": dataclasses.asdict(options), "run": run.fingerprint}
+    about |= {"model_config": dataclasses.asdict(run.model.config)}
     about |= {"versions": versions, "commit": commit, "processes": run.world}
     write_json(out / "config.json", about)
     for name in RUN_FILES:
@@ -426,16 +430,16 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def save_checkpoint(run):
-    """checkpoint.safetensors (weights and moments) and adapter.safetensors (weights). OSError where
-    they cannot be written: then the old ones are still there."""
+    """adapter.safetensors (weights), and then checkpoint.safetensors (weights and moments). OSError
+    where they cannot be written: then the old ones are still there."""
     tensors, moments, state = run.model.state(run.options.whole), {}, run.optimizer.state
     for name, parameter in run.model.named_parameters():
         if parameter in state:
             moments |= {f"{moment}.{name}": state[parameter][moment] for moment in MOMENTS}
             run.progress.optimizer_step = int(state[parameter]["step"])
     about = dict(run=run.fingerprint, progress=dataclasses.asdict(run.progress))
-    dart.save_weights(run.out / "checkpoint.safetensors", tensors | moments, **about)
     dart.save_weights(run.out / "adapter.safetensors", tensors, **about)
+    dart.save_weights(run.out / "checkpoint.safetensors", tensors | moments, **about)
 
 
 def load_checkpoint(run):
@@ -528,7 +532,7 @@ def train(run):
     parameters = [p for p in method.parameters() if p.requires_grad]
     eval_every = options.eval_every or run.steps_per_epoch
     began, wrapped = time.perf_counter() - progress.seconds, method
-    if run.world > 1:  # a pass need not use all parameters
+    if run.world > 1:  # without find_unused_parameters a resumed run's buckets had another order
         wrapped = DistributedDataParallel(method, find_unused_parameters=True)
 
     def forward(pathway, micro, sync):
@@ -773,7 +777,13 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if PARENT:
         threading.Thread(target=watch_parent, daemon=True).start()
-    options, device = read_options(argv), None
+    with contextlib.ExitStack() as held:
+        run_command(read_options(argv), argv, held)
+
+
+def run_command(options, argv, held):
+    """Checks all runs of a command before the first one trains, trains them, and compares them. held
+    keeps the locks."""
     device = start_processes(options.device)
     (rank, world), commands = rank_and_world(), plan(options, argv)
     rows = {row: [read_options(words) for words in some] for row, some in commands.items()}
@@ -784,7 +794,7 @@ def main(argv=None):
         data.load(name, "test", options.seed, options.data_dir)
     check_directory(runs[-1])
     for out in {options.out, *(one.out for one in runs)} if rank == 0 and not PARENT else ():
-        lock(Path(out))
+        held.callback(os.close, lock(Path(out)))
 
     jobs = min(len(runs), options.jobs or torch.get_num_threads())
     if device == "cpu" and world == 1 and jobs > 1:

@@ -1,442 +1,470 @@
-"""eval.py: intervals, tables, loading a run, the command line's errors. CPU, no network."""
+"""eval.py: figures, tables, the lens, plots, and the export to Hugging Face's format."""
 
+import copy
 import dataclasses
-import importlib.util
-import io
+import hashlib
 import json
+import re
+import shutil
 import statistics
+import subprocess
 import sys
-import types
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from pytest import approx
+from safetensors.torch import load_file
+from torch.testing import assert_close
 
 import dart
 import data
 import eval as evaluation
 import train
-from data import DEMO_WORDS
+from data import Problem, Tokenizer
 from model import MODELS, Transformer
 
-
-HAVE_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
-
-
-@pytest.fixture(scope="module")
-def a_run(tmp_path_factory):
-    """A DART run of two steps on the built-in task."""
-    out = tmp_path_factory.mktemp("runs") / "run"
-    train.main(["--compare", "--steps", "2", "--batch_size", "8", "--eval_size", "4", "--device", "cpu", "--out", str(out)])
-    return out
-
-
-@pytest.mark.parametrize(
-    "right, n, low, high",
-    [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (5, 10, 0.2366, 0.7634), (562, 1319, 0.3996, 0.4529), (1, 1, 0.2065, 1.0)],
-)
-def test_wilson_intervals(right, n, low, high):
-    """Values of the closed form in Wilson (1927), worked out independently."""
-    assert evaluation.wilson(right, n) == pytest.approx((low, high), abs=5e-5)
-
-
-def test_figures_of_a_set():
-    records = [{"strict": i < 3, "tolerant": i < 4, "passes": 2 + i % 2, "tokens": 2} for i in range(10)]
-    figures = evaluation.summary(records, [i / 1000 for i in range(1, 12)])
-    assert (figures["n"], figures["strict"], figures["tolerant"], figures["passes"]) == (10, 0.3, 0.4, 2.5)
-    assert (figures["ms"], figures["ms_p90"]) == (6.0, 10.0)
-    assert "ms" not in evaluation.summary(records, [])
-
-
-def test_markdown_tables():
-    assert evaluation.markdown([{"a": 1, "name": "x"}, {"a": 22, "name": "y"}]) == (
-        "| a  | name |\n|----|------|\n| 1  | x    |\n| 22 | y    |")  # fmt: skip
-
-
-def test_the_merged_run_answers_as_the_trained_one(a_run):
-    method, _ = evaluation.load_run(a_run)
-    ids = torch.tensor([method.pathways["st"].prompt("sam has 7 pens gets 5 packs of 4 ?", method.tokenizer)])
-    with torch.no_grad():
-        for name, silent in (("st", True), ("cot", False)):
-            model = evaluation.merged_copy(method, name)
-            torch.testing.assert_close(model(ids, silent=silent), method.model(ids, silent=silent), rtol=1e-4, atol=1e-5)
-    assert method.model.merged is None  # the copy was merged, not the model
-
-
-def test_latency_times_each_question_once_after_a_warm_up(a_run, monkeypatch):
-    method, _ = evaluation.load_run(a_run)
-    calls = []
-    monkeypatch.setattr(evaluation.dart, "generate", lambda model, tokenizer, pathway, prompts, limit: calls.append(prompts))
-    pathway, questions = method.pathways["st"], ["sam has 7 pens ?"] * 9
-    seconds = evaluation.latency(method.model, method.tokenizer, pathway, questions, 8)
-    assert len(seconds) == 9 and len(calls) == 9 + 5 and all(len(prompts) == 1 for prompts in calls)
-    assert evaluation.latency(method.model, method.tokenizer, pathway, [], 8) == []
-
-
-def test_another_data_file_and_a_limit(a_run, tmp_path, capsys):
-    path = tmp_path / "mine.txt"
-    path.write_text("sam has 7 pens gets 5 packs of 4 ?||<<7+5=12>> <<12%4=0>> #### 0\n" * 5)
-    evaluation.main(["--ckpt", str(a_run), "--data", str(path), "demo", "--limit", "3", "--latency", "0",
-                     "--json", str(tmp_path / "e.json")])  # fmt: skip
-    rows = json.loads((tmp_path / "e.json").read_text())
-    assert [(row["data"], row["n"]) for row in rows] == [(str(path), 3), ("demo", 3)]
-    assert "speedup_over_cot" not in rows[0] and "ms" not in rows[0]
-    assert capsys.readouterr().out.count("\n") == 4
-
-
-def test_figures_are_those_of_the_examples(a_run, tmp_path, monkeypatch):
-    """A model that writes what we say: strict and tolerant accuracy, and one line a problem, in the problems' order."""
-    path = tmp_path / "mine.txt"
-    path.write_text("".join(f"sam has {i} pens ?||<<7+5=12>> #### {i}\n" for i in range(1, 7)))
-    method, _ = evaluation.load_run(a_run)
-    written = {"1": "1", "2": "2.0", "3": "no", "4": "4", "5": "6", "6": "6"}
-
-    def generate(model, tokenizer, pathway, prompts, limit):
-        texts = [written[method.tokenizer.decode(prompt).split()[3]] for prompt in prompts]
-        return [[ord(c) for c in text] + [tokenizer.eos_id] for text in texts]
-
-    monkeypatch.setattr(evaluation.dart, "generate", generate)
-    monkeypatch.setattr(evaluation.Tokenizer, "decode", lambda self, ids, old=evaluation.Tokenizer.decode: (
-        "".join(map(chr, ids)) if all(i > 31 for i in ids) and len(ids) < 4 else old(self, ids)))  # fmt: skip
-    evaluation.main(["--ckpt", str(a_run), "--data", str(path), "--latency", "0", "--batch_size", "4",
-                     "--json", str(tmp_path / "e.json"), "--examples", str(tmp_path / "e.jsonl")])  # fmt: skip
-    (row,) = json.loads((tmp_path / "e.json").read_text())
-    assert (row["n"], row["strict"], row["tolerant"]) == (6, 3 / 6, 4 / 6)
-    examples = [json.loads(line) for line in (tmp_path / "e.jsonl").read_text().splitlines()]
-    assert [(e["id"], e["gold"], e["text"]) for e in examples] == [(i, str(i + 1), written[str(i + 1)]) for i in range(6)]
-
-
-def broken(name, content):
-    """A copy of a run with one file replaced (None: left out)."""
-    def make(a_run, tmp_path):
-        for path in a_run.iterdir():
-            (tmp_path / path.name).write_bytes(path.read_bytes())
-        (tmp_path / name).unlink()
-        if content is not None:
-            (tmp_path / name).write_bytes(content)
-        return ["--ckpt", str(tmp_path)]
-
-    return make
-
-
-def unknown_word(run, tmp_path):
-    (tmp_path / "d.txt").write_text("zebra ?|| #### 1\n")
-    return ["--ckpt", str(run), "--data", str(tmp_path / "d.txt")]
-
-
-def changed_option(name, value):
-    def make(a_run, tmp_path):
-        config = json.loads((a_run / "config.json").read_text())
-        config["options"][name] = value
-        return broken("config.json", json.dumps(config).encode())(a_run, tmp_path)
-
-    return make
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (lambda run, tmp: [], "--ckpt DIR is missing"),
-        (lambda run, tmp: ["--ckpt", "/nowhere"], "/nowhere: not a run"),
-        (lambda run, tmp: ["--ckpt", str(run), str(run)], "several runs only with --plot alone"),
-        (lambda run, tmp: ["--ckpt", str(run), "--ask", ""], "the question is empty"),
-        (lambda run, tmp: ["--ckpt", str(run), "--lens", ""], "the question is empty"),
-        (lambda run, tmp: ["--ckpt", str(run), "--lens", "zebra ?"], "'zebra' is not in the vocabulary"),
-        (lambda run, tmp: ["--ckpt", str(run), "--lens", "--ask"], "do not go together"),
-        (lambda run, tmp: ["--ckpt", str(run), "--lens", "--plot", str(tmp / "p.png")], "do not go together"),
-        (lambda run, tmp: ["--ckpt", str(run), "--lens", "--examples", str(tmp / "e")], "--examples and --pathway go with the evaluation"),
-        (lambda run, tmp: ["--ckpt", str(run), "--lens", "a", "--pathway", "cot"], "--examples and --pathway go with the evaluation"),
-        (lambda run, tmp: ["--ckpt", str(run), "--lens", "a", "--data", "demo"], "--data and --limit go with"),
-        (lambda run, tmp: ["--ckpt", str(run), "--plot", str(tmp / "p.png"), "--json", str(tmp / "j")], "nor --plot alone with --json"),
-        (lambda run, tmp: ["--ckpt", str(run), "--json", str(tmp / "j"), "--examples", str(tmp / "j")], "would be two files"),
-        (lambda run, tmp: ["--ckpt", str(run), "--lens", "--limit", "1"], "0 for the control"),
-        (lambda run, tmp: ["--ckpt", str(run), "--plot", str(run / "config.json")], "exists already"),
-        (lambda run, tmp: ["--ckpt", str(tmp), "--plot", str(tmp / "p.png")], "log.jsonl" if HAVE_MATPLOTLIB else "pip install matplotlib"),
-        (lambda run, tmp: ["--ckpt", str(run), "--pathway", "no-cot"], "--pathway no-cot: dart has cot and st"),
-        (lambda run, tmp: ["--ckpt", str(run), "--data", "/nowhere.txt"], "/nowhere.txt: no such data file"),
-        (lambda run, tmp: ["--ckpt", str(run), "--split", "dev"], "invalid choice: 'dev'"),
-        (lambda run, tmp: ["--ckpt", str(run), "--json", str(tmp / "no" / "dir.json")], "its directory does not exist"),
-        (lambda run, tmp: ["--ckpt", str(run), "--json", str(run / "config.json")], "config.json: exists already"),
-        (lambda run, tmp: ["--ckpt", str(run), "--max_new_tokens", "80"], "the model has 80 positions"),
-        (unknown_word, "'zebra' is not in the vocabulary"),
-        (changed_option("rem_rank", "32"), "config.json: not the configuration of a run"),
-        (changed_option("rem_rank", -1), "config.json: not the configuration of a run"),
-        (changed_option("lora_rank", None), "config.json: not the configuration of a run"),
-        (changed_option("method", "magic"), "config.json: not the configuration of a run"),
-        (changed_option("n_st", 4.5), "config.json: not the configuration of a run"),
-        (broken("words.json", b'"word"'), "different strings"),
-        (broken("words.json", json.dumps(DEMO_WORDS + ["more"]).encode()), "the tokenizer has 60 ids"),
-        (broken("config.json", b"{"), "config.json: not JSON"),
-        (broken("config.json", b"{}"), "config.json: not the configuration of a run"),
-        (broken("config.json", b"[]"), "config.json: not the configuration of a run"),
-        (broken("adapter.safetensors", None), "adapter.safetensors"),
-        (broken("adapter.safetensors", b"\x00" * 100), "not a whole safetensors file"),
-        (broken("words.json", None), "no tokenizer"),
-    ],
-)
-def test_bad_input_is_one_line_and_exit_code_2(a_run, tmp_path, capsys, arguments, message):
-    with pytest.raises(SystemExit) as stop:
-        evaluation.main([*arguments(a_run, tmp_path), "--latency", "0"])
-    captured = capsys.readouterr()
-    assert stop.value.code == 2 and message in captured.err
-    assert captured.err.count("\n") == 1 and captured.err.startswith("error: ")
-
-
-def test_the_time_to_an_answer_has_its_thoughts_in_it(monkeypatch):
-    """A forward pass of the model for each thought and each token."""
-    options = dart.Options(method="codi", lora_rank=0, n_thoughts=5)
-    tokenizer = data.demo_tokenizer()
-    model = Transformer(MODELS["demo"], dart.CODI.adapters(tokenizer, options))
-    method, calls = dart.CODI(model, tokenizer, options).eval(), []
-    model.layers[0].register_forward_hook(lambda *_: calls.append(1))
-    questions = [problem.question for problem in data.demo_problems(0)["test"][:3]]
-    evaluation.latency(model, tokenizer, method.pathways["codi"], questions, 4)
-    answers = dart.answer(model, tokenizer, method.pathways["codi"], questions, 4, batch_size=1)
-    assert len(calls) == 3 * sum(answer.passes for answer in answers)  # as a warm-up, timed, and here
-
-
-def test_compiled_answers_are_the_same(monkeypatch):
-    compiled_answers("dart", monkeypatch)  # of codi: long.py
-
-
-def compiled_answers(name, monkeypatch):
-    """For DART few graphs, none broken: prompt and next token, of one row and of several."""
-    options, tokenizer = dart.Options(method=name, lora_rank=0), data.demo_tokenizer()
-    torch.manual_seed(0)
-    config = dataclasses.replace(MODELS["demo"], num_hidden_layers=1)
-    method = dart.METHODS[name](Transformer(config, dart.METHODS[name].adapters(tokenizer, options)), tokenizer, options)
-    graphs, real = [], torch.compile
-    how = {"backend": lambda graph, inputs: graphs.append(graph) or graph, "fullgraph": name == "dart"}
-    monkeypatch.setattr(torch, "compile", lambda function, **more: real(function, **how, **more))
-    questions = [problem.question for problem in data.demo_problems(0)["test"][:9]]
-    questions[3] = "sam has 7 pens ?"  # a shorter one
-    for pathway_name, pathway in method.pathways.items():
-        torch._dynamo.reset()
-        graphs.clear()
-        plain, compiled = (evaluation.merged_copy(method, pathway_name, compiled) for compiled in (False, True))
-        for size in (1, 4, 3):
-            want, found = (dart.answer(model, tokenizer, pathway, questions, 5, size) for model in (plain, compiled))
-            assert found == want
-        assert graphs and (len(graphs) <= 6 or name == "codi")
-    torch._dynamo.reset()
-
-
-# ---------------------------------------------------------------------------------------------- into silent thought
-
+FIXTURES = Path(__file__).parent / "fixtures"
 QUESTION = "sam has 7 pens gets 5 packs of 4 ?"
 
 
 @pytest.fixture(scope="module")
-def method(a_run):
-    """The run, its weights much larger, so that the layers differ."""
-    method, _ = evaluation.load_run(a_run)
+def a_run(tmp_path_factory):
+    """A DART run of three steps on the built-in task."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    small = "--steps 3 --batch_size 8 --eval_size 4 --log_every 1 --device cpu --compare"
+    train.main([*small.split(), "--out", str(out)])
+    return out
+
+
+def tiny(method="dart", tokenizer=None, tied=False, says=(), **options):
+    """A method around a random model of two layers. says: a chain of ids; whatever stands before,
+    the model writes behind each of them the next one. Without, it never writes <st> or EOS."""
+    tokenizer = tokenizer or data.demo_tokenizer()
+    given = dict(dtype="fp32", n_st=4, lora_rank=0, rem_rank=8, rem_alpha=2.0, max_new_tokens=24)
+    options = dart.Options(method=method, **given | options)
+    shape = dict(vocab_size=tokenizer.size, num_hidden_layers=2, tie_word_embeddings=tied)
     torch.manual_seed(0)
-    with torch.no_grad():
-        for p in method.model.layers.parameters():
-            p.add_(0.3 * torch.randn_like(p))
+    method = dart.build(options, tokenizer, dataclasses.replace(MODELS["demo"], **shape)).eval()
+    model = method.model
+    for p in model.layers.parameters():
+        p.data.add_(0.3 * torch.randn_like(p)).mul_(0.3 if says else 1)
+    if says:
+        model.embed_tokens.data = torch.randn_like(model.embed_tokens).sign()
+        model.lm_head.data.mul_(0.1)
+        for token, following in zip(says[:-1], says[1:]):
+            model.lm_head.data[following] += model.embed_tokens.data[token]
+    else:
+        model.head.data[list(tokenizer.added.values())] = 0
     return method
+
+
+def word_ids(text):
+    return [data.DEMO_WORDS.index(word) for word in text.split()]
+
+
+def prompt_ids(method, name, question=QUESTION):
+    return method.pathways[name].prompt(question, method.tokenizer).ids.tolist()
+
+
+def logits_of(model, ids, silent=False):
+    """Of the last four tokens: [4, V]."""
+    with torch.no_grad():
+        return model.logits(model(torch.tensor([ids]), silent))[0, -4:].float()
+
+
+@pytest.mark.parametrize("right, n", [(0, 10), (10, 10), (5, 10), (562, 1319), (1, 1)])
+def test_wilson_bounds_are_where_the_share_is_just_tenable(right, n):
+    """Wilson's definition: both are 1.96 of their own standard deviations away from it."""
+    z, share = statistics.NormalDist().inv_cdf(0.975), right / n
+    low, high = evaluation.wilson(right, n)
+    assert 0 <= low <= share <= high + 1e-9 <= 1 + 1e-9 and high - low > 0.05
+    for p in (low, high):
+        assert (share - p) ** 2 == approx(z * z * p * (1 - p) / n, abs=1e-8)
+
+
+def test_table_has_the_columns_of_any_row():
+    assert evaluation.table([{"data": "demo", "exact": 0.125}, {"ms": 2.25, "unknown": 1}]) == (
+        "| data | exact % | ms  |\n"
+        "| ---- | ------- | --- |\n"
+        "| demo | 12.5    | -   |\n"
+        "| -    | -       | 2.2 |"
+    )
+    row = dict(exact_sd=0.0123, exact_interval=(0.1, 0.256), n=8, passes=2.0, speedup=3.14159)
+    row |= dict(all_flops=1.234e15, trained_parameters=12345678, peak_memory=2**29, seconds=59.7)
+    cells = [cell.strip() for cell in evaluation.table([row]).splitlines()[-1].split("|")[1:-1]]
+    assert cells == "1.2 10.0-25.6 8 2.0 3.14 1.23e+15 12,345,678 0.50 60".split()
+
+
+def test_over_seeds_is_the_mean_and_one_interval():
+    one = dict(exact=0.25, numeric=0.5, n=8, passes=2.0, ms=3.0, ms_p90=4.0, seconds=10.0)
+    one |= dict(trained_parameters=7, peak_memory=100, flops={"cot": 5.0, "st": 3.0})
+    other = one | dict(exact=0.75, ms=5.0, n=4, flops={"cot": 7.0, "st": 1.0})
+    row = evaluation.over_seeds([one, other])
+    assert (row["exact"], row["exact_sd"], row["ms"]) == (0.5, approx(0.125**0.5), 4.0)
+    assert row["exact_interval"] == evaluation.wilson(5, 12)  # 2 of 8 and 3 of 4
+    assert (row["n"], row["all_flops"], row["one_pathway"]) == (12, 8.0, 2.0)
+    assert "exact_sd" not in evaluation.over_seeds([one])
+
+
+def test_measure_counts_what_a_model_writes():
+    method = tiny(says=word_ids("? 12 Answer : 7 <eos>"))
+    problems = [Problem("sam has 7 pens ?", [], gold) for gold in ("7", "7.0", "8", "7")]
+    figures, _ = evaluation.measure(method, "st", problems, timed=0)
+    expected = {"pathway": "st", "n": 4, "exact": 0.5, "numeric": 0.75, "passes": 2.0}
+    expected["exact_interval"] = evaluation.wilson(2, 4)
+    assert figures == expected | {"numeric_interval": evaluation.wilson(3, 4)}
+    figures, records = evaluation.measure(method, "cot", problems, batch_size=3, timed=0)
+    assert (figures["exact"], figures["passes"]) == (0.5, 5.0)  # 12 Answer : 7 <eos>
+    assert (records[0]["text"], records[0]["answer"]) == ("12 Answer:7", "7")
+    assert method.model.merged is None  # each time a copy was
+
+
+def test_latency_is_of_each_question_behind_a_warm_up(monkeypatch):
+    """By a clock that goes on by a prompt's length in each pass."""
+    method, seen = tiny(), []
+    layer = method.model.layers[0]
+    layer.register_forward_hook(lambda layer, inputs, _: seen.append(inputs[0].shape[1]))
+    monkeypatch.setattr(time, "perf_counter", lambda: float(sum(seen)))
+    lengths = [13, 8, 18, 10, 15, 9, 17, 11, 16, 12, 14]  # BOS, question, four <st>, Answer, :
+    questions, pathway = ["sam " * (n - 7) for n in lengths], method.pathways["st"]
+    seconds = evaluation.latency(method.model, method.tokenizer, pathway, questions, 1)
+    assert seconds == lengths and seen == lengths[:5] + lengths
+    problems = [Problem(question, [], "1") for question in questions]
+    figures, _ = evaluation.measure(method, "st", problems, max_new_tokens=1, timed=11)
+    assert (figures["ms"], figures["ms_p90"]) == (1000 * 13.0, 1000 * 17.0)
+
+
+def test_evaluation_of_several_pathways_and_data_sets(a_run, tmp_path, capsys):
+    """--best: here the last weights are damaged."""
+    run, mine = shutil.copytree(a_run, tmp_path / "run"), str(tmp_path)
+    (run / "adapter.safetensors").write_bytes(b"damaged")
+    (tmp_path / "valid.txt").write_text("sam has 7 pens ?||<<7+5=12>> #### 12\n" * 5)
+    argv = f"--ckpt {run} --pathway st cot --data {mine} demo --split valid --limit 3 --latency 1"
+    argv += f" --json {mine}/e.json --examples {mine}/e.jsonl"
+    evaluation.main(["--best", *argv.split()])
+    rows = json.loads((tmp_path / "e.json").read_text())
+    records = [json.loads(line) for line in (tmp_path / "e.jsonl").read_text().splitlines()]
+    names = [(name, pathway) for name in (mine, "demo") for pathway in ("st", "cot")]
+    assert [(row["data"], row["pathway"], row["n"]) for row in rows] == [(*n, 3) for n in names]
+    assert capsys.readouterr().out == evaluation.table(rows) + "\n"
+    for st, cot in (rows[:2], rows[2:]):
+        assert (st["speedup"], cot["speedup"]) == (cot["ms"] / st["ms"], 1.0)
+    method, _ = dart.load_run(run, best=True)
+    for i, (name, pathway) in enumerate(names):
+        _, expected = evaluation.measure(method, pathway, data.load(name, "valid")[:3], timed=0)
+        about = {"data": name, "pathway": pathway}
+        assert records[3 * i : 3 * i + 3] == [about | record for record in expected]
+    with pytest.raises(ValueError, match="adapter.safetensors"):
+        evaluation.main(argv.split()[:2])
+
+
+def test_ask_answers_through_both_pathways(a_run, tmp_path, capsys):
+    """Of standard input, questions that cannot be asked are named and counted."""
+    evaluation.main(["--ckpt", str(a_run), "--ask", f"  {QUESTION} "])
+    assert capsys.readouterr().out.startswith(f"{QUESTION}\n\n| answers through ")
+    content = f"{QUESTION}\r\n\n  \nzebra \x1b[2J?\n\xff\nann has 3 eggs ?".encode("latin-1")
+    argv = [sys.executable, evaluation.__file__, "--ckpt", str(a_run), "--ask", "--json", "a.json"]
+    done = subprocess.run(argv, input=content, capture_output=True, cwd=tmp_path)
+    errors = done.stderr.decode().splitlines()
+    assert done.returncode == 2 and [error[:7] for error in errors] == ["error: "] * 3
+    assert "'zebra' is not in the vocabulary" in errors[0]
+    assert errors[2] == "error: 2 of the questions could not be asked"
+    rows, (method, _) = json.loads((tmp_path / "a.json").read_text()), dart.load_run(a_run)
+    assert [row["pathway"] for row in rows] == ["st", "cot"] * 2
+    for row, question in zip(rows, [QUESTION] * 2 + ["ann has 3 eggs ?"] * 2):
+        (answer,) = method.answer([question], row["pathway"])
+        assert (row["written"], row["passes"]) == answer and row["question"].strip() == question
+        assert row["answer"] == method.pathways[row["pathway"]].extract_answer(answer.text).strip()
+
+
+def test_ask_shows_hostile_text_harmlessly(capsys):
+    tokenizer = Tokenizer.from_pretrained(FIXTURES / "tokenizer-gpt2")
+    ids = tokenizer.encode("Answer:\x1b[31m|\n\r7", bos=False, eos=True)
+    method, options = tiny(tokenizer=tokenizer, says=ids), evaluation.Options(ask="?")
+    rows, refused = evaluation.ask(method, ["a|b \x1b[2J\x07?"], options)
+    out = capsys.readouterr().out
+    assert rows[0]["written"] == "\x1b[31m|\n\r7" and refused == 0
+    assert out.startswith("a\\|b \\x1b[2J\\x07?\n\n")
+    assert r"| \x1b[31m\| 7 |" in out.replace("  ", "") and out.count("\n") == 7
+    assert all(character.isprintable() or character == "\n" for character in out)
 
 
 def slow_states(method, ids, silent):
     """The output of every layer on a row, by hooks: [L, T, n]."""
-    found = []
-    hooks = [layer.register_forward_hook(lambda _, __, out: found.append(out[0])) for layer in method.model.layers]
-    with torch.no_grad():
-        hidden = method.model(torch.tensor([ids]), silent)
-    for hook in hooks:
-        hook.remove()
-    return torch.stack(found), method.model.logits(hidden)[0].softmax(-1)
+    found, model = [], copy.deepcopy(method.model)
+    for layer in model.layers:
+        layer.register_forward_hook(lambda layer, inputs, output: found.append(output[0]))
+    logits_of(model, ids, silent)
+    return torch.stack(found)
 
 
-def cot_ids(method, question, written):
-    return method.pathways["cot"].prompt(question, method.tokenizer) + written
+def slow_distance(teacher, student):
+    return approx(((teacher - student).abs().mean() / teacher.std()).item(), rel=1e-4)
 
 
-def test_the_lens_shows_what_each_layer_would_say(method, monkeypatch):
-    """Against hooks and a loop; the last layer says what the model does. The CoT pathway's z_N is behind the last separator it wrote."""
-    tokenizer, model = method.tokenizer, method.model
-    written = tokenizer.encode("Answer: <<7+5=12>> Answer: 3", bos=False, eos=True)
-    monkeypatch.setattr(dart, "generate", lambda *_: [written])
-    columns, distances = evaluation.lens(method, QUESTION, 24, 3)
-    assert list(columns) == ["1 <st>", "2 <st>", "3 <st>", "4 <st>", "5 Answer", "6 :", "CoT's :"]
-    prompt = method.pathways["st"].prompt(QUESTION, tokenizer)
-    student, says = slow_states(method, prompt, True)
-    teacher, _ = slow_states(method, cot_ids(method, QUESTION, written), False)
-    assert tokenizer.decode(prompt[-6:]) == "<st> <st> <st> <st> Answer:"
-    want = [student[:, i] for i in range(len(prompt) - 6, len(prompt))] + [teacher[:, -3]]
-    for layers, states in zip(columns.values(), want, strict=True):
-        for tokens, state in zip(layers, states, strict=True):
-            shares = model.logits(model.norm(state)).softmax(-1)
-            best = sorted(range(59), key=lambda i: -shares[i])[:3]
-            assert [text for text, _ in tokens] == [tokenizer.decode([i]) for i in best]
-            assert [p for _, p in tokens] == pytest.approx([shares[i].item() for i in best], rel=1e-4)
-    for i, name in enumerate(list(columns)[:6]):
-        assert columns[name][-1][0][1] == pytest.approx(says[len(prompt) - 6 + i].max().item(), rel=1e-4)
-    far = [((t - s).abs().mean() / t.std()).item() for t, s in zip(teacher[:, -3], student[:, -1], strict=True)]
-    assert distances == pytest.approx(far, rel=1e-4) and min(far) > 0.1
-    monkeypatch.setattr(dart, "generate", lambda *_: [written[2:6]])  # no separator
-    columns, distances = evaluation.lens(method, QUESTION, 24, 1)
-    assert list(columns)[-1] == "6 :" and distances == []
+def test_lens_sets_the_silent_z_n_beside_that_of_written_steps():
+    """The CoT pathway's z_N ends its last separator; a layer says norm and head of its output."""
+    method, k = tiny(says=word_ids("? Answer : Answer")), 2
+    columns, distances = evaluation.lens(method, QUESTION, 5, k)
+    places = ["1 <st>", "2 <st>", "3 <st>", "4 <st>", "5 Answer", "6 :", "CoT's :"]
+    assert list(columns) == places
+    cot = prompt_ids(method, "cot") + word_ids("Answer : Answer :")
+    student = slow_states(method, prompt_ids(method, "st"), True)[:, -6:]
+    teacher = slow_states(method, cot, False)[:, -1:]
+    states = torch.cat((student, teacher), dim=1)  # [L, P, n]
+    for layer, place in np.ndindex(2, 7):
+        x = states[layer, place]
+        x = x / (x.square().mean() + 1e-5).sqrt() * method.model.norm.weight
+        shares = (method.model.lm_head @ x).softmax(dim=0).tolist()
+        best = sorted(range(59), key=lambda i: -shares[i])[:k]
+        cell = columns[places[place]][layer]
+        assert [word_ids(text)[0] for text, _ in cell] == best
+        assert [p for _, p in cell] == approx([shares[i] for i in best], rel=1e-4)
+    assert distances == [slow_distance(t[0], s[-1]) for t, s in zip(teacher, student)]
+    for method in (tiny(), tiny("no-cot")):  # that write no separator, or have no CoT pathway
+        columns, distances = evaluation.lens(method, QUESTION, 5, k)
+        assert list(columns)[-1].endswith(" :") and "CoT's :" not in columns and not distances
 
 
-def test_results_are_those_of_the_steps_but_the_last():
-    problem = data.Problem("Ann has 12 pens and .5 more", ["<<6*2=12>>", "<<12+.5=12.5>>", "<<3*2.0=6.25>>", "so half", "<<1=1>>"], "6.25")
-    assert evaluation.results_of(problem) == {"12.5", "half"}
-    assert evaluation.results_of(data.Problem("a", ["<<6*2=12>>"], "12")) == set()
-    assert evaluation.results_of(data.Problem("a", [], "12")) == set()
-
-
-@pytest.mark.parametrize("k", [1, 5])
-def test_how_often_a_result_is_among_the_likely_tokens(method, k):
-    """Against loops over problems, layers and positions."""
-    problems = data.demo_problems(0)["valid"][:12]
-    rows, tokenizer, L = evaluation.probe(method, problems, k, rotations=3), method.tokenizer, 4
-    seen, top, pairs = [], [], []
+def test_lens_hit_rate_against_loops():
+    method, problems, k = tiny(), data.load("demo", "valid")[:11], 5
+    problems.append(Problem("sam has 7 pens ?", ["<<9+8=17>>", "<<17%9=11>>"], "4"))
+    n, states = len(problems), []  # of each problem: {place: [L, P, n]}
     for problem in problems:
-        prompt, row = method.pathways["st"].prompt(problem.question, tokenizer), method.pathways["cot"].row(problem, tokenizer)
-        student, teacher = slow_states(method, prompt, True)[0], slow_states(method, row.ids.tolist(), False)[0]
-        assert tokenizer.decode(row.ids[: row.y].tolist()).endswith("Answer:")
-        at = {"<st>": student[:, -6:-2], "z_N": student[:, -1:], "CoT's z_N": teacher[:, row.y - 1 : row.y]}
-        shares = {place: method.model.logits(method.model.norm(states)).softmax(-1) for place, states in at.items()}
-        seen.append({place: [{tokenizer.decode([i]) for p in range(x.shape[1]) for i in x[layer, p].topk(k)[1].tolist()} for layer in range(L)]
-                     for place, x in shares.items()})  # fmt: skip
-        top.append(shares["<st>"].max(2)[0].mean(1))
-        pairs.append((teacher[:, row.y - 1], student[:, -1]))
-
-    def share(place, wanted, layers):
-        return statistics.mean(any(result in seen[i][place][layer] for layer in layers) for i, result in wanted)
-
+        st = slow_states(method, prompt_ids(method, "st", problem.question), True)
+        example = method.pathways["cot"].example(problem, method.tokenizer)
+        cot = slow_states(method, example.ids.tolist()[: example.y_start], False)
+        states.append({"<st>": st[:, -6:-2], "z_N": st[:, -1:], "CoT's z_N": cot[:, -1:]})
+    known = [{*problem.question.split(), problem.answer} for problem in problems]
     first = [problem.steps[0][2:-2].split("=")[1] for problem in problems]
-    gold = [(i, r) for i, r in enumerate(first) if r not in problems[i].question.split() and r != problems[i].answer]
-    order, control = np.random.default_rng(0).permutation(12), []
-    for shift in (1, 2, 3):
-        for place in range(12):
-            i, j = order[place], order[place - shift]
-            if (j, first[j]) in gold and first[j] not in (*problems[i].question.split(), problems[i].answer):
-                control += [(i, first[j])] if (i, first[j]) not in gold else []
+    gold = [(i, first[i]) for i in range(n) if first[i] not in known[i]]
+    order, control = np.random.default_rng(0).permutation(n).tolist(), []
+    for shift, place in np.ndindex(3, n):
+        i, j = order[place], order[place - shift - 1]
+        if (j, first[j]) in gold and first[j] not in known[i] and (i, first[j]) not in gold:
+            control.append((i, first[j]))
     assert 6 < len(gold) < 12 and len(control) > 12
-    for layers, row in zip([[0], [1], [2], [3], range(4)], rows, strict=True):
-        assert row["n"] == len(gold) and row["layer"] == (layers[0] + 1 if len(layers) == 1 else "any")
+
+    def share(pairs, place, layers):
+        likely = [evaluation.logit_lens(method.model, s[place][layers], k)[1] for s in states]
+        return statistics.mean(word_ids(word)[0] in likely[i] for i, word in pairs)
+
+    rows = evaluation.lens_hit_rate(method, problems, k, rotations=3)
+    assert [(row["layer"], row["n"]) for row in rows] == [(x, len(gold)) for x in (1, 2, "any")]
+    for layers, row in zip(([0], [1], [0, 1]), rows):
         for place in ("<st>", "z_N", "CoT's z_N"):
-            assert row[place] == pytest.approx(share(place, gold, layers))
-            assert row[f"{place} control"] == pytest.approx(share(place, control, layers))
-        if len(layers) == 1:
-            teacher, student = (torch.stack([pair[i][layers[0]] for pair in pairs]) for i in (0, 1))
-            assert row["distance"] == pytest.approx(((teacher - student).abs().mean() / teacher.std()).item(), rel=1e-4)
-            assert row["top"] == pytest.approx(torch.stack(top)[:, layers[0]].mean().item(), rel=1e-4)
-    assert any(row[name] > 0 for row in rows for name in ("<st>", "<st> control"))
+            assert [*row[place]] == [share(some, place, layers) for some in (gold, control)]
+        if row["layer"] != "any":
+            t, s = (torch.cat([x[at][layers] for x in states]) for at in ("CoT's z_N", "z_N"))
+            assert row["distance"] == slow_distance(t, s)
+            silent = torch.stack([x["<st>"][layers] for x in states])
+            top = evaluation.logit_lens(method.model, silent, 1)[0].mean().item()
+            assert row["top"] == approx(top, rel=1e-4)
+    assert any(sum(row["<st>"]) for row in rows)
 
 
-def test_all_tokens_hold_every_result(method):
-    rows = evaluation.probe(method, data.demo_problems(0)["valid"][:9], 59)
-    assert all(row["z_N"] == row["<st> control"] == 1.0 for row in rows)
+CELLS = {  # token -> layer -> the likeliest tokens
+    "1 <st>": [[("a", 0.25), ("bb", 0.1)], [("c", 1.0), ("d", 0.0)]],
+    "2 :": [[("e", 0.5), ("f", 0.5)], [("$x$", 0.9), ("h", 0.1)]],
+    "CoT's :": [[("g", 0.75), ("b", 0.1)], [("h", 0.5), ("b", 0.1)]],
+}
 
 
-def test_the_lens_as_text():
-    columns = {"1 <st>": [[("a", 0.25), ("bb", 0.1)], [("c", 1.0), ("d", 0.0)]], "2 :": [[("e", 0.5), ("f", 0.5)], [("g", 0.9), ("h", 0.1)]]}
-    assert evaluation.lens_table(columns, [0.5, 0.25], 100) == (
-        "layer 1 <st> 2 :  distance\n"
-        "    1 a 25   e 50    0.500\n"
-        "      bb 10  f 50\n"
-        "    2 c 100  g 90    0.250\n"
-        "      d 0    h 10\n")  # fmt: skip
-    narrow = evaluation.lens_table(columns, [], 24)
-    assert narrow.splitlines()[0] == "layer 1 <st>" and narrow.splitlines()[6] == "layer 2 :"
-    coloured = evaluation.lens_table(columns, [], 100, colours=True)
-    assert "\x1b[48;5;255m\x1b[38;5;16mc 100 \x1b[0m" in coloured and "\x1b[48;5;232m\x1b[38;5;15md 0   \x1b[0m" in coloured
+def test_lens_table_fits_the_width():
+    for width in range(24, 64):
+        text = evaluation.lens_table(CELLS, [0.5, 0.25], width)
+        assert max(map(len, text.splitlines())) <= width
+        blocks = [block.splitlines() for block in text.split("\n\n")]
+        headings = [re.split(r" *\| *", block[0])[1:-1] for block in blocks]
+        assert all(heading[0] == "layer" for heading in headings)
+        assert sum((heading[1:] for heading in headings), []) == [*CELLS, "distance"]
+    assert text.splitlines()[3] == "| 2     | c 100  d 0  | $x$ 90  h 10 | h 50  b 10 | 0.250    |"
 
 
-@pytest.mark.parametrize("terminal", [False, True])
-def test_colours_are_for_terminals(a_run, capsys, monkeypatch, terminal):
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
-    evaluation.main(["--ckpt", str(a_run), "--lens", QUESTION])
-    assert ("\x1b[" in capsys.readouterr().out) == terminal
+def test_lens_on_the_command_line(a_run, tmp_path, capsys):
+    argv = ["--ckpt", str(a_run), "--top_k", "2", "--json"]
+    evaluation.main([*argv, str(tmp_path / "q.json"), "--lens", QUESTION])
+    evaluation.main([*argv, str(tmp_path / "d.json"), "--lens", "--limit", "20"])
+    figures, rows = (json.loads((tmp_path / f"{name}.json").read_text()) for name in "qd")
+    out = capsys.readouterr().out
+    assert [len(layer) for layer in figures[0]["columns"]["6 :"]] == [2] * 4
+    assert [row["layer"] for row in rows] == [1, 2, 3, 4, "any"] and rows[0]["data"] == "demo"
+    assert out.startswith("| layer | 1 <st> ") and "| layer | n " in out
 
 
-def test_the_lens_on_the_command_line(a_run, tmp_path, capsys):
-    evaluation.main(["--ckpt", str(a_run), "--lens", QUESTION, "--top_k", "2", "--json", str(tmp_path / "q.json")])
-    out, (figures,) = capsys.readouterr().out, json.loads((tmp_path / "q.json").read_text())
-    assert out.startswith("layer 1 <st>") and out.count("\n") == 1 + 4 * 2
-    assert figures["question"] == QUESTION and [len(layer) for layer in figures["columns"]["6 :"]] == [2] * 4
-    evaluation.main(["--ckpt", str(a_run), "--lens", "--limit", "20", "--json", str(tmp_path / "d.json")])
-    out, rows = capsys.readouterr().out, json.loads((tmp_path / "d.json").read_text())
-    assert [row["layer"] for row in rows] == [1, 2, 3, 4, "any"] and rows[0]["data"] == "demo" and out.count("\n") == 10
+@pytest.mark.parametrize("text", ["", "3", '{"step": 1, "cot": "x", "lr": 1}', "{", "[" * 10**5])
+def test_damaged_log_is_refused(tmp_path, text):
+    (tmp_path / "log.jsonl").write_text(text)
+    with pytest.raises(ValueError, match="log.jsonl"):
+        evaluation.loss_curves(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["cot", "codi", "coconut"])
-def test_methods_that_answer_in_several_passes_have_no_lens(name):
-    options, tokenizer = dart.Options(method=name, lora_rank=0), data.demo_tokenizer()
-    model = Transformer(MODELS["demo"], dart.METHODS[name].adapters(tokenizer, options))
+def test_plots_draw_the_figures(a_run, tmp_path):
+    figure = pytest.importorskip("matplotlib.figure", reason="draws")
+    losses, lens, accuracy = figure.Figure(), figure.Figure(), figure.Figure()
+    evaluation.draw_losses(losses, [a_run, a_run])
+    log = [json.loads(line) for line in (a_run / "log.jsonl").read_text().splitlines()]
+    values = [[x[name] for x in log if name in x] for name in ("cot", "st", "distill")]
+    curves = [line.get_xydata().T.tolist() for line in losses.axes[0].lines]
+    assert curves == 2 * [[[1, 2, 3], some] for some in values]
+    evaluation.draw_lens(lens, CELLS)
+    assert lens.axes[0].images[0].get_array().tolist() == [[0.25, 0.5, 0.75], [1.0, 0.9, 0.5]]
+    texts = {text.get_position(): text.get_text() for text in lens.axes[0].texts}
+    assert (texts[2, 0], texts[0, 1], texts[1, 1]) == ("g", "c", r"\$x\$")
+    rows = [dict(row=f"C = {n}", pathway="st", exact=n / 40, ms=30 + n) for n in (0, 20)]
+    evaluation.draw_figure2(accuracy, {"svamp": rows})
+    left, right = (axes.lines[0].get_xydata().tolist() for axes in accuracy.axes)
+    assert left == [[0, 0], [20, 50]] and right == [[0, 30], [20, 50]]
+    evaluation.main(["--ckpt", str(a_run), str(a_run), "--plot", str(tmp_path / "p.png")])
+    evaluation.main(["--ckpt", str(a_run), "--plot", str(tmp_path / "p.svg"), "--lens", QUESTION])
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (tmp_path / "p.svg").read_text()
+
+
+REFUSED = """
+--plot new.png                           --ckpt DIR
+--ckpt RUN RUN --plot new.png --lens x   --ckpt DIR
+--ckpt RUN --ask x --lens x              --ask and --lens do not go together
+--ckpt RUN --lens --plot new.png         do not go together
+--ckpt RUN --lens x --examples new       --examples does not go with --lens
+--ckpt RUN --ask x --pathway st          --pathway does not go with --ask
+--ckpt RUN --export new --limit 1        --data does not go with --export
+--ckpt RUN --plot new.png --json new     --json does not go with --plot
+--ckpt RUN --json new --examples ./new   new: exists already
+--ckpt RUN --json there                  there: exists already
+--ckpt RUN --examples there              there: exists already
+--ckpt RUN --plot there                  there: exists already
+--ckpt RUN --export there                there: exists already
+--ckpt RUN --json no/directory           directory: exists already, has no directory
+--ckpt RUN --pathway no-cot              --pathway no-cot: there are cot, st
+--ckpt RUN --max_new_tokens 80           the model has 80 positions
+--ckpt RUN --lens zebra                  'zebra' is not in the vocabulary
+"""
+
+
+@pytest.mark.parametrize("line", REFUSED.strip().splitlines())
+def test_what_cannot_be_done_is_refused_and_nothing_written(a_run, line, tmp_path, monkeypatch):
+    words, message = line.replace("RUN", str(a_run)).split("  ", 1)
+    monkeypatch.chdir(tmp_path)
+    Path("there").write_text("precious")
+    with pytest.raises(ValueError, match=message.strip()):
+        evaluation.main(words.split())
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["precious"]
+
+
+RUNS = [(run, name) for run in ("run-llama", "run-qwen2", "run-gpt2") for name in ("st", "cot")]
+
+
+def exported(method, directory, name):
+    evaluation.export(copy.deepcopy(method), directory, name)
+    return directory
+
+
+def exported_ids(method, name, question):
+    """A prompt as an exported model reads it: <st> may have another id."""
+    silent, (_, st_id) = method.pathways[name].special_ids[:1], method.tokenizer.export(True)
+    return [st_id if i in silent else i for i in prompt_ids(method, name, question)]
+
+
+def check_logits(found, method, name, question, atol):
+    """Against the run's own; a new <st> scores the mean of all tokens."""
+    _, st_id = method.tokenizer.export(True)
+    want = logits_of(method.model, prompt_ids(method, name, question), method.pathways[name].silent)
+    others = [i for i in range(method.tokenizer.size) if i != st_id]
+    assert_close(found[:, others], want[:, others], rtol=0, atol=atol)
+    if name in ("st", "pause") and method.model.new_embeddings is not None:
+        assert_close(found[:, st_id], want.mean(dim=1), rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("run, name", RUNS)
+def test_export_is_what_transformers_read_and_computes_what_the_run_does(run, name, tmp_path):
+    expected = json.loads((FIXTURES / run / "expected.json").read_text())
+    logits = load_file(FIXTURES / run / "expected.safetensors")
+    method, _ = dart.load_run(FIXTURES / run)
+    prompts = [method.pathways[name].prompt(q, method.tokenizer) for q in expected["questions"]]
+    answers = dart.generate(method.model, method.tokenizer, method.pathways[name], prompts, 8)
+    assert answers == expected[f"{name} fp32"]["answers"]
+    for dtype, atol in (("fp32", 2e-5), ("bf16", 0.2)):
+        want, hf = expected[f"{name} {dtype}"], tmp_path / dtype
+        how = f"--pathway {name} --dtype {dtype} --export {hf}".split()
+        evaluation.main(["--ckpt", str(FIXTURES / run), *how])
+        contents = {path.name: path.read_bytes() for path in hf.glob("*.json")}
+        assert want["files"] == {f: hashlib.sha256(c).hexdigest() for f, c in contents.items()}
+        again = Transformer.from_pretrained(hf, dtype=dart.DTYPES[dtype]).eval()
+        for i, question in enumerate(expected["questions"]):
+            ids = exported_ids(method, name, question)
+            theirs = logits[f"{name} {dtype} {i}"].float()
+            assert want["ids"][i] == ids
+            assert_close(logits_of(again, ids), theirs, rtol=0, atol=atol)
+            check_logits(theirs, method, name, question, atol)
+
+
+@pytest.mark.parametrize("run, name", RUNS)
+def test_transformers_answer_as_the_run_does(run, name, tmp_path):
+    """In a batch of several lengths, padded on the left, too."""
+    transformers = pytest.importorskip("transformers", reason="reads what was exported")
+    method, _ = dart.load_run(FIXTURES / run)
+    hf, pathway = exported(method, tmp_path / "hf", name), method.pathways[name]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(hf)
+    model = transformers.AutoModelForCausalLM.from_pretrained(hf)
+    questions = ["Why?", "How many apples does Zoë have left?", "They've 7 and 12,345 of 3½"]
+    texts = [question + ("<st>" * 3 + "Answer:") * (name == "st") for question in questions]
+    prompts = [pathway.prompt(question, method.tokenizer) for question in questions]
+    answers = dart.generate(method.model, method.tokenizer, pathway, prompts, 8)
+    for question, text in zip(questions, texts):
+        ids = tokenizer(text).input_ids
+        assert ids == exported_ids(method, name, question)
+        with torch.no_grad():
+            check_logits(model(torch.tensor([ids])).logits[0, -4:], method, name, question, 2e-5)
+    inputs = tokenizer(texts, return_tensors="pt", padding=True)
+    rows = model.generate(**inputs, max_new_tokens=8)[:, inputs["input_ids"].shape[1] :].tolist()
+    assert [row[: len(answer)] for row, answer in zip(rows, answers)] == answers
+
+
+METHODS = [("dart", "st", 4), ("dart", "st", 0), ("dart", "cot", 4), ("codi", "cot", 4)]
+METHODS += [("no-cot", "no-cot", 4), ("pause", "pause", 4)]
+
+
+@pytest.mark.parametrize("name, pathway, n_st", METHODS)
+def test_export_reads_back_and_its_card_says_how_to_prompt(name, pathway, n_st, tmp_path, capsys):
+    """The card's Python, run as it stands, prints our answer."""
+    chain = word_ids("? sam has 7 packs of 4 << 12 + 1 = 13 >> Answer : 9 <eos>")
+    method = tiny(name, says=chain if pathway == "cot" else (), n_st=n_st, tied=name == "pause")
+    if method.model.new_embeddings is not None:
+        method.model.new_embeddings.data = torch.randn_like(method.model.new_embeddings)
+    hf = exported(method, tmp_path / "hf", pathway)
+    again, ids = Transformer.from_pretrained(hf), exported_ids(method, pathway, QUESTION)
+    check_logits(logits_of(again, ids), method, pathway, QUESTION, 1e-4)
+    assert not again.config.tie_word_embeddings  # no longer, where <st> was trained
+    assert len({path.stat().st_mode for path in hf.iterdir()}) == 1
+    pytest.importorskip("transformers", reason="reads what was exported")
+    code = re.search(r"```python\n(.*?)```", (hf / "README.md").read_text(), re.DOTALL)[1]
+    capsys.readouterr()
+    exec(code.replace('"..."', repr(QUESTION)), {"DIRECTORY": str(hf)})
+    (answer,) = method.answer([QUESTION], pathway)
+    assert capsys.readouterr().out == answer.text.rpartition("Answer:")[2] + "\n"
+
+
+@pytest.mark.parametrize("name", ["codi", "coconut", "cot"])
+def test_methods_of_several_passes_have_no_lens_and_thoughts_no_export(name, tmp_path):
     with pytest.raises(ValueError, match=f"{name} does not answer in one pass"):
-        evaluation.look(dart.METHODS[name](model, tokenizer, options), {}, evaluation.Options(lens=QUESTION))
+        evaluation.run_lens(tiny(name), {}, evaluation.Options(lens=QUESTION))
+    if name != "cot":
+        with pytest.raises(ValueError, match=f"{name}: continuous thoughts"):
+            exported(tiny(name), tmp_path / "hf", name)
+    assert not list(tmp_path.iterdir())
 
 
-def test_a_question_is_asked_through_both_pathways(a_run, tmp_path, capsys):
-    evaluation.main(["--ckpt", str(a_run), "--ask", f"  {QUESTION} ", "--json", str(tmp_path / "a.json")])
-    lines, rows = capsys.readouterr().out.splitlines(), json.loads((tmp_path / "a.json").read_text())
-    assert lines[0] == QUESTION and [line.split()[1] for line in (lines[2], *lines[4:6])] == ["pathway", "st", "cot"]
-    method, run = evaluation.load_run(a_run)
-    for row, name in zip(rows, ("st", "cot"), strict=True):
-        (found,) = dart.answer(method.model, method.tokenizer, method.pathways[name], [QUESTION], run.max_new_tokens)
-        assert (row["pathway"], row["passes"], row["written"]) == (name, found.passes, " ".join(found.text.split()))
-        assert row["answer"] == method.pathways[name].read(found.text).strip() and row["ms"] > 0
-
-
-def test_what_a_model_writes_does_not_break_the_table(a_run, capsys, monkeypatch):
-    monkeypatch.setattr(dart, "answer", lambda *_: [dart.Answer("one\ntwo | \x1b[31mred", 3)])
-    evaluation.main(["--ckpt", str(a_run), "--ask", QUESTION])
-    assert r"| one two \| \x1b[31mred |" in capsys.readouterr().out
-
-
-def test_questions_of_standard_input(a_run, tmp_path, capsys, monkeypatch):
-    """One that cannot be asked is named, and the others are answered; then the exit code is 2."""
-    content = f"{QUESTION}\n\n  \nzebra ?\n\xff\nann has 3 eggs buys 4 packs of 5 ?".encode("latin-1")
-    monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=io.BytesIO(content)))
-    with pytest.raises(SystemExit) as stop:
-        evaluation.main(["--ckpt", str(a_run), "--ask", "--json", str(tmp_path / "a.json")])
-    out, errors = capsys.readouterr()
-    assert stop.value.code == 2 and out.count("| cot ") == 2 and "ann has 3 eggs" in out
-    assert [line[:6] for line in errors.splitlines()] == ["error:"] * 3 and "2 of the questions" in errors and "'zebra'" in errors
-    assert len(json.loads((tmp_path / "a.json").read_text())) == 4  # what was answered is kept
-    monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=io.BytesIO(b"")))
-    evaluation.main(["--ckpt", str(a_run), "--ask"])
-    assert capsys.readouterr().out == ""
-
-
-def test_the_curves_of_a_log(tmp_path):
-    (tmp_path / "log.jsonl").write_text(
-        '{"step": 1, "cot": 2.0, "st": 1.5, "lr": 0.1, "grad_norm": 3}\n{"step": 1, "valid": {"st": 0.5}}\n'
-        '{"step": 2, "skipped": [1]}\n{"step": 3, "cot": 1.0, "st": 0.5, "lr": 0.1}\n')  # fmt: skip
-    assert evaluation.loss_curves(tmp_path) == {"cot": ([1, 3], [2.0, 1.0]), "st": ([1, 3], [1.5, 0.5])}
-    for text in ("", "3\n", "[]\n", '{"lr": 3}\n', '{"step": 1, "a": "x", "lr": 1}\n', '{"x": 1, "a": 2, "lr": 1}\n', "{", "[" * 10**5):
-        (tmp_path / "log.jsonl").write_text(text)
-        with pytest.raises(ValueError, match="log.jsonl"):
-            evaluation.loss_curves(tmp_path)
-
-
-def test_an_image_of_losses_and_of_the_lens(a_run, tmp_path, monkeypatch, capsys):
-    pytest.importorskip("matplotlib", reason="draws")
-    evaluation.main(["--ckpt", str(a_run), str(a_run), "--plot", str(tmp_path / "losses.png")])
-    evaluation.main(["--ckpt", str(a_run), "--lens", QUESTION, "--plot", str(tmp_path / "lens.svg")])
-    assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG") and "<svg" in (tmp_path / "lens.svg").read_text()
-    for name, message in (("p.xyz", "xyz"), ("p.png", "log.jsonl")):
-        directory = a_run if name == "p.xyz" else tmp_path
-        with pytest.raises(SystemExit) as stop:
-            evaluation.main(["--ckpt", str(directory), "--plot", str(tmp_path / name)])
-        error = capsys.readouterr().err
-        assert stop.value.code == 2 and message in error and error.count("\n") == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["lens.svg", "losses.png"]
-    columns = {"1 <st>": [[("a", 0.25), ("b", 0.1)], [("c", 1.0), ("d", 0.0)]], "2 :": [[("e", 0.5)], [("$", 0.9)]], "CoT's :": [[("g", 0.75)], [("h", 0)]]}
-    losses, heat = evaluation.figure_of([a_run, a_run], columns).axes
-    assert heat.images[0].get_array().tolist() == [[0.25, 0.5, 0.75], [1.0, 0.9, 0.0]]
-    assert [(t.get_position(), t.get_text()) for t in heat.texts][:4] == [((0, 0), "a"), ((1, 0), "e"), ((2, 0), "g"), ((0, 1), "c")]
-    curves = evaluation.loss_curves(a_run)
-    assert [line.get_ydata().tolist() for line in losses.lines] == 2 * [values for _, values in curves.values()]
-
-
-def test_without_matplotlib_that_is_said(a_run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(SystemExit):
-        evaluation.main(["--ckpt", str(a_run), "--plot", str(tmp_path / "p.png")])
-    assert "pip install matplotlib" in capsys.readouterr().err
+def test_export_that_fails_leaves_nothing_behind(tmp_path):
+    raw = json.loads((FIXTURES / "tokenizer-gpt2" / "tokenizer.json").read_text())["model"]
+    (tmp_path / "vocab.json").write_text(json.dumps(raw["vocab"] | {"<|endoftext|>": 420}))
+    (tmp_path / "merges.txt").write_text("\n".join(map(" ".join, raw["merges"])))
+    before = sorted(tmp_path.parent.iterdir()), sorted(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="needs the base model's tokenizer.json beside"):
+        exported(tiny(tokenizer=Tokenizer.from_pretrained(tmp_path)), tmp_path / "hf", "st")
+    with pytest.raises(OSError):  # there is something
+        exported(tiny(), tmp_path, "st")
+    assert before == (sorted(tmp_path.parent.iterdir()), sorted(tmp_path.iterdir()))
