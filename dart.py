@@ -150,7 +150,7 @@ def separator_ids(tokenizer):
 
 # --------------------------------------------------------------------------------------- losses
 
-LOGITS = 2**25  # so many logits are held at a time
+LOGITS = 2**23  # so many logits are held at a time
 
 
 def cross_entropy(model, hidden, targets, weights):

@@ -285,7 +285,7 @@ def check_directory(options):
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: is not a directory")
     inside = {path.name for path in out.iterdir()} if out.exists() else set()
-    if inside <= {*options.compare, ".lock"}:
+    if inside <= {*dart.METHODS, ".lock", "config.json.tmp"}:
         return None
     try:
         *_, saved = dart.read_run(out)
@@ -667,13 +667,12 @@ def flags(**options):
 
 def plan(options, argv):
     """{row: the command lines of its runs, one a seed}: of a suite, of a comparison, or of one."""
-    out, rows = Path(options.out), {}
+    out, rows, alone = Path(options.out), {}, flags(compare=())
     if not options.suite:
-        for method in set(options.compare) - {options.method}:
-            rows[method] = [[*argv, *flags(compare=(), method=method, out=out / method)]]
-        return {name: rows[name] for name in options.compare if name in rows} | {
-            options.method: [argv]
-        }
+        for method in options.compare:
+            rows[method] = [[*argv, *alone, *flags(method=method, out=out / method)]]
+        rows.pop(options.method, None)
+        return rows | {options.method: [[*argv, *alone]]}
     if (out / "config.json").exists():
         raise ValueError(f"--out {out}: holds a run; a suite is in a directory of its own")
     for row, changes in SUITES[options.suite].items():

@@ -13,6 +13,8 @@ import dataclasses
 import json
 import statistics
 
+from pathlib import Path
+
 import torch
 from bench_train import LLAMAS, SMALL, Modulo, dart, data, evaluation, hugging_face, synchronised
 from model import MODELS, Adapters, Transformer
@@ -20,10 +22,12 @@ from model import MODELS, Adapters, Transformer
 
 def hugging_face_model(model):
     """The merged model as a LlamaForCausalLM."""
-    theirs = hugging_face(model.config).to(model.embed_tokens.device, model.compute_dtype).eval()
-    names = {name: name if name == "lm_head" else f"model.{name}" for name, _ in model.named_parameters()}
+    theirs = hugging_face(model.config).to(model.device, model.compute_dtype).eval()
+    names = {
+        name: name if name == "lm_head" else f"model.{name}" for name, _ in model.named_parameters()
+    }
     state = {names[name] + ("" if name.endswith("weight") else ".weight"): p for name, p in model.named_parameters()
-             if name != "extra_rows"}  # fmt: skip
+             if name != "new_embeddings"}  # fmt: skip
     missing, odd = theirs.load_state_dict(state, strict=False)
     assert not odd and set(missing) <= {"lm_head.weight"}, (missing, odd)
     return theirs
@@ -32,16 +36,29 @@ def hugging_face_model(model):
 def generate(model, prompts, eos_id, new):
     """Greedy decoding by `generate`, padded on the left."""
     T = max(map(len, prompts))
-    ids = torch.tensor([[eos_id] * (T - len(prompt)) + prompt for prompt in prompts], device=model.device)
-    mask = torch.tensor([[0] * (T - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
-    out = model.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False, pad_token_id=eos_id, eos_token_id=eos_id)
+    ids = torch.tensor(
+        [[eos_id] * (T - len(prompt)) + prompt for prompt in prompts], device=model.device
+    )
+    mask = torch.tensor(
+        [[0] * (T - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device
+    )
+    out = model.generate(
+        ids,
+        attention_mask=mask,
+        max_new_tokens=new,
+        do_sample=False,
+        pad_token_id=eos_id,
+        eos_token_id=eos_id,
+    )
     rows = out[:, T:].tolist()
     return [row[: row.index(eos_id) + 1] if eos_id in row else row for row in rows]
 
 
 def bandwidth(device):
     """Bytes a second of reading a tensor that no cache holds."""
-    x = torch.ones(2**28 if device == "cpu" else 2**31, dtype=torch.uint8, device=device).view(torch.float32)
+    x = torch.ones(2**28 if device == "cpu" else 2**31, dtype=torch.uint8, device=device).view(
+        torch.float32
+    )
     seconds = []
     for _ in range(8):
         start = synchronised(device)
@@ -51,11 +68,15 @@ def bandwidth(device):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", required=True, help="file of problems in GSM8K-Aug's format")
     parser.add_argument("--tokenizer", required=True, help="directory of the tokenizer")
-    parser.add_argument("--model", default="demo", choices=("demo", "small", *LLAMAS), help="whose shapes")
-    parser.add_argument("--dtype", default="fp32", choices=tuple(evaluation.DTYPES))
+    parser.add_argument(
+        "--model", default="demo", choices=("demo", "small", *LLAMAS), help="whose shapes"
+    )
+    parser.add_argument("--dtype", default="fp32", choices=tuple(dart.DTYPES))
     parser.add_argument("--questions", type=int, default=30, help="timed at batch 1")
     parser.add_argument("--batches", type=int, default=4, help="timed at batch 64; 0: none")
     parser.add_argument("--compile", action="store_true", help="ours: as the option of eval.py")
@@ -64,18 +85,21 @@ def main():
     config = SMALL if options.model == "small" else MODELS[options.model]
     config = dataclasses.replace(config, max_position_embeddings=4096, tie_word_embeddings=True,
                                  vocab_size=max(config.vocab_size, 2048))  # fmt: skip
-    problems, dtype = data.read_gsm8k_aug(options.data), evaluation.DTYPES[options.dtype]
+    problems, dtype = data.read_problems(Path(options.data)), dart.DTYPES[options.dtype]
     problems = problems[: max(options.questions, 64 * options.batches)]
     tokenizer = Modulo(data.Tokenizer.from_pretrained(options.tokenizer), config.vocab_size)
     torch.manual_seed(0)
     model = Transformer(config, Adapters(), dtype, options.device).eval().merge()
     reference = hugging_face_model(model)
-    model.fuse().merged = None  # with neither LoRA nor REM both pathways have the same weights
+    model.merged = None  # with neither LoRA nor REM both pathways have the same weights
     if options.compile:
-        evaluation.compile_forward(model)
-    pathways = {"DART": dart.Pathway(n_fill=20, fill_id=tokenizer.reserved[0], silent=True), "No-CoT": dart.Pathway(),
+        model.forward = torch.compile(model.forward, dynamic=True)
+    pathways = {"DART": dart.Pathway(n_silent=20, special_ids=tokenizer.reserved, silent=True), "No-CoT": dart.Pathway(),
                 "CoT": dart.Pathway(steps=True)}  # fmt: skip
-    steps = [len(tokenizer.encode(" ".join(p.steps), bos=False, eos=False, continued=True)) for p in problems]
+    steps = [
+        len(tokenizer.encode(" ".join(p.steps), bos=False, eos=False, continued=True))
+        for p in problems
+    ]
     new = {"DART": 2, "No-CoT": 2, "CoT": round(statistics.mean(steps)) + 4}
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     rate = bandwidth(options.device)
@@ -85,15 +109,22 @@ def main():
         for name, pathway in pathways.items():
             prompts = [pathway.prompt(problem.question, tokenizer) for problem in asked]
             by_length = sorted(prompts, key=len)
-            mixed, sorted_ = ([some[i : i + size] for i in range(0, len(some), size)] for some in (prompts, by_length))
+            mixed, sorted_ = (
+                [some[i : i + size] for i in range(0, len(some), size)]
+                for some in (prompts, by_length)
+            )
             ways = {
                 "ours": lambda batch: dart.generate(model, tokenizer, pathway, batch, new[name]),
                 "generate": lambda batch: generate(reference, batch, tokenizer.eos_id, new[name]),
             }
             for batch in mixed[:2]:
                 found = ways["ours"](batch)
-                assert all(len(row) == new[name] for row in found), "a random model that ends early: another seed"
-                assert options.dtype != "fp32" or found == ways["generate"](batch), f"{name}, batch {size}: not the same tokens"
+                assert all(len(row) == new[name] for row in found), (
+                    "a random model that ends early: another seed"
+                )
+                assert options.dtype != "fp32" or found == ways["generate"](batch), (
+                    f"{name}, batch {size}: not the same tokens"
+                )
             # ours takes questions of about one length together, as `dart.answer` does; `generate` as they come, and sorted
             runs = {"ours": sorted_, "generate": mixed, "sorted": sorted_}
             seconds = {who: [] for who in runs}
@@ -109,13 +140,25 @@ def main():
                    "sorted generate / ours": 1e3 * statistics.mean(seconds["sorted"]) / mine,
                    "floor": 1e3 * new[name] * weights / rate}  # fmt: skip
             results.append(row)
-            table.append({key: f"{value:.2f}" if isinstance(value, float) else value for key, value in row.items()})
-    print(evaluation.markdown(table))
+            table.append(
+                {k: f"{v:.2f}" if isinstance(v, float) else str(v) for k, v in row.items()}
+            )
+    print(evaluation.table(table, {key: (key, str) for key in table[0]}))
     of = {(row["method"], row["batch"]): row["mean"] for row in results}
     ratios = {f"{a} / {b}, batch {size}": of[a, size] / of[b, size] for size in sizes
               for a, b in (("DART", "No-CoT"), ("CoT", "DART"))}  # fmt: skip
     print(", ".join(f"{name}: {ratio:.2f}" for name, ratio in ratios.items()))
-    print(json.dumps({"options": vars(options), "bandwidth": rate, "weights": weights, "rows": results, "ratios": ratios}))
+    print(
+        json.dumps(
+            {
+                "options": vars(options),
+                "bandwidth": rate,
+                "weights": weights,
+                "rows": results,
+                "ratios": ratios,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -312,9 +312,8 @@ def write_sentencepiece_json(directory):
     cuts = [(text[:i], text[i:]) for text in by_score for i in range(1, len(text))]
     merges = [cut for cut in cuts if cut[0] in vocab and cut[1] in vocab]
     bpe = dict(type="BPE", vocab=vocab, merges=merges, unk_token="<unk>")
-    raw = dict(version="1.0", model=bpe | dict(byte_fallback=True, fuse_unk=True), decoder=None)
+    raw = dict(version="1.0", model=bpe | dict(byte_fallback=True, fuse_unk=True))
     raw["added_tokens"] = [data.added_token(i, t) for i, t in enumerate(("<unk>", "<s>", "</s>"))]
-    raw["post_processor"] = None
     (directory / "tokenizer.json").write_text(json.dumps(raw))
 
 

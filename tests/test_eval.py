@@ -170,8 +170,7 @@ def test_ask_answers_through_both_pathways(a_run, tmp_path, capsys):
     done = subprocess.run(argv, input=content, capture_output=True, cwd=tmp_path)
     errors = done.stderr.decode().splitlines()
     assert done.returncode == 2 and [error[:7] for error in errors] == ["error: "] * 3
-    assert "'zebra' is not in the vocabulary" in errors[0]
-    assert errors[2] == "error: 2 of the questions could not be asked"
+    assert "'zebra'" in errors[0] and errors[2] == "error: 2 of the questions could not be asked"
     rows, (method, _) = json.loads((tmp_path / "a.json").read_text()), dart.load_run(a_run)
     assert [row["pathway"] for row in rows] == ["st", "cot"] * 2
     for row, question in zip(rows, [QUESTION] * 2 + ["ann has 3 eggs ?"] * 2):
@@ -404,16 +403,18 @@ def test_export_is_what_transformers_read_and_computes_what_the_run_does(run, na
 
 @pytest.mark.parametrize("run, name", RUNS)
 def test_transformers_answer_as_the_run_does(run, name, tmp_path):
-    """In a batch of several lengths, padded on the left, too."""
-    transformers = pytest.importorskip("transformers", reason="reads what was exported")
+    """In a batch of several lengths, padded on the left, too; loaded as the card says."""
+    pytest.importorskip("transformers", reason="reads what was exported")
     method, _ = dart.load_run(FIXTURES / run)
     hf, pathway = exported(method, tmp_path / "hf", name), method.pathways[name]
-    tokenizer = transformers.AutoTokenizer.from_pretrained(hf)
-    model = transformers.AutoModelForCausalLM.from_pretrained(hf)
     questions = ["Why?", "How many apples does Zoë have left?", "They've 7 and 12,345 of 3½"]
     texts = [question + ("<st>" * 3 + "Answer:") * (name == "st") for question in questions]
     prompts = [pathway.prompt(question, method.tokenizer) for question in questions]
     answers = dart.generate(method.model, method.tokenizer, pathway, prompts, 8)
+    code = re.search(r"```python\n(.*?)```", (hf / "README.md").read_text(), re.DOTALL)[1]
+    exec(code.replace('"..."', repr(questions[1])), card := {"DIRECTORY": str(hf)})
+    tokenizer, model = card["tokenizer"], card["model"]
+    assert card["ids"][0].tolist() == exported_ids(method, name, questions[1])
     for question, text in zip(questions, texts):
         ids = tokenizer(text).input_ids
         assert ids == exported_ids(method, name, question)
@@ -442,10 +443,9 @@ def test_export_reads_back_and_its_card_says_how_to_prompt(name, pathway, n_st, 
     assert len({path.stat().st_mode for path in hf.iterdir()}) == 1
     pytest.importorskip("transformers", reason="reads what was exported")
     code = re.search(r"```python\n(.*?)```", (hf / "README.md").read_text(), re.DOTALL)[1]
-    capsys.readouterr()
     exec(code.replace('"..."', repr(QUESTION)), {"DIRECTORY": str(hf)})
     (answer,) = method.answer([QUESTION], pathway)
-    assert capsys.readouterr().out == answer.text.rpartition("Answer:")[2] + "\n"
+    assert capsys.readouterr().out.splitlines()[-1] == answer.text.rpartition("Answer:")[2]
 
 
 @pytest.mark.parametrize("name", ["codi", "coconut", "cot"])
