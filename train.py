@@ -781,8 +781,8 @@ def main(argv=None):
 
 
 def run_command(options, argv, held):
-    """Checks all runs of a command before the first one trains, trains them, and compares them. held
-    keeps the locks."""
+    """Checks all runs of a command before the first one trains, trains them and compares them; held
+    keeps their locks."""
     device = start_processes(options.device)
     (rank, world), commands = rank_and_world(), plan(options, argv)
     rows = {row: [read_options(words) for words in some] for row, some in commands.items()}
