@@ -249,9 +249,8 @@ def equation_4(teachers, students, norm):
     "name, family, stage, changes, norm",
     [
         ("dart", "llama", END, {}, "l1"),
-        ("dart", "qwen2", END, {"lora_rank": 3, "n_st": 0}, "l1"),
+        ("dart", "qwen2", END, {"lora_rank": 3, "n_st": 0, "rem_is_lora": True}, "l1"),
         ("dart", "gpt2", END, {"attach_teacher": True, "last_step": "keep"}, "l1"),
-        ("dart", "llama", END, {"rem_is_lora": True, "distill_norm": "smooth-l1"}, "smooth-l1"),
         ("dart", "llama", END, {"distill_at": "y_1", "distill_norm": "l1-sum"}, "l1-sum"),
         ("dart", "llama", END, {"distill_at": "z_N+Y", "rem_rank": 0}, "l1"),
         ("codi", "llama", END, {"lora_rank": 3}, "smooth-l1"),
@@ -374,8 +373,8 @@ def slow_greedy(model, prompt, silent, limit):
 def make_talkative(name, **changes):
     """A method whose answers end after different numbers of tokens: behind every fifth token of
     the vocabulary EOS is likely."""
-    family = {"dart": "gpt2", "coconut": "llama"}.get(name, "llama")
-    method, direction = make(name, family, lora_rank=3, **changes), torch.tensor([1.0, -1.0] * 8)
+    family, direction = "gpt2" if name == "dart" else "llama", torch.tensor([1.0, -1.0] * 8)
+    method = make(name, family, lora_rank=3, rem_alpha=80.0, **changes)
     method.model.embed_tokens.data[3::5] += 6 * direction
     method.model.head.data[TOKENIZER.eos_id] = direction / 2
     return method.eval()
@@ -549,28 +548,29 @@ def test_load_weights_sees_an_old_or_a_new_file_as_a_whole(tmp_path):
         assert all((tensor == about["step"]).all() for tensor in tensors.values())
 
 
-OTHERS = dict(n_st=2, last_step="drop", rem_rank=3, rem_alpha=1.0, rem_is_lora=True)
+OTHERS = dict(n_st=2, rem_rank=3, rem_alpha=1.0, rem_is_lora=True)
 OTHERS |= dict(distill_weight=0.5, distill_norm="l1-sum", distill_at="y_1", attach_teacher=True)
 OTHERS |= dict(n_latents=3, latents_per_step=1, max_stage=1, epochs_per_stage=0.5)
 OTHERS |= dict(removal_per_epoch=2.0, removal_smoothing=1.0, remove_all_beyond=4)
 
 
 @pytest.mark.parametrize("name", dart.METHODS)
-def test_fingerprint_holds_the_options_that_the_method_reads(name):
-    """Those that it does not read change nothing, neither the fingerprint nor the training."""
-
+def test_fingerprint_holds_the_options_that_change_the_training(name):
     def seen(**changes):
         method = make(name, **changes)
-        stages = [method.stage(i, 2) for i in range(90)]
+        stages = [method.stage(i, 20) for i in range(90)]
         pathways = [method.training_pathway(key, s, 0.9) for key in method.pathways for s in stages]
+        norms = {key: gradient.norm().item() for key, gradient in step(method)[1].items()}
         fingerprint = dart.fingerprint(method.options, method.model, TOKENIZER)
-        return fingerprint, (step(method)[0], stages, pathways)
+        return fingerprint, (norms, stages, pathways)
 
-    used, plain = dart.METHODS[name].uses, seen()
-    unused = {key: value for key, value in OTHERS.items() if key not in used}
+    method, plain = dart.METHODS[name], seen()
+    others = OTHERS | dict(last_step="keep" if method.drops_last_step else "drop")
+    unused = {key: value for key, value in others.items() if key not in method.uses}
     assert seen(**unused, data_dir="elsewhere") == plain
-    for key in ("seed", *used):
-        assert seen(**{key: OTHERS.get(key, 1)})[0][key] != plain[0][key]
+    for key in method.uses:
+        fingerprint, behaviour = seen(**{key: others[key]})
+        assert fingerprint[key] != plain[0][key] and behaviour != plain[1]
 
 
 class PerWord(dart.Pathway):

@@ -30,7 +30,7 @@ FIXTURES = Path(__file__).parent / "fixtures"
 # ------------------------------------------------------------------------------------- problems
 
 RECORDS = [  # in the published formats, written for the purpose; below each what it says
-    {"question": "2 and  3?", "answer": "It is 2+3=<<2+3=5>>5.\n<<5*2=10>>10\n#### 1,010"},
+    {"question": "2 and  3?", "answer": "#### 1: <<2+3=5>>5.\n<<5*2=10>>10\n#### 1,010"},
     Problem("2 and 3?", ["<<2+3=5>>", "<<5*2=10>>"], "1,010"),  # GSM8K
     {"input": "What is half?", "code": "def solution(): ...", "target": -0.0000015},
     Problem("What is half?", [], "-0.0000015"),  # GSM-HARD
@@ -452,7 +452,7 @@ REFUSED = [  # what is changed in a tokenizer.json, by its path
     ("pre_tokenizer.pretokenizers.1.add_prefix_space", True, "pre_tokenizer"),
     ("model.merges.3", ["q", "zzz"], "the merge 'q zzz'"),
     ("model.merges", [], "made by no merge"),
-    ("model.merges.0", ["an", "d"], "the merge"),  # its union comes later
+    ("model.merges.0", ["æĹ", "¥æľ¬è"], "not in the order"),
     ("model.vocab.a", 5, "ids of the 423 tokens are not 0 to 422"),
     ("model.vocab.日", 5, "'日' is not spelled in bytes"),
     ("added_tokens.1.content", "</s>", r"end token '<\|im_end\|>'"),

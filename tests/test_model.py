@@ -75,8 +75,7 @@ def test_bf16_agrees_with_fp32_within_its_rounding(family, kind):
 
 def test_rope_of_llama_3_2_slows_the_slow_rotations():
     found, plain = rope_frequencies(MODELS["llama-3.2-1b"]), 5e5 ** (-torch.arange(0, 64, 2) / 64)
-    turns = 8192 * plain[16] / (2 * torch.pi)  # in the first context; 1.84, on the ramp of 1 to 4
-    keep = (turns - 1) / 3
+    keep = (8192 * plain[16] / (2 * torch.pi) - 1) / 3  # 1.84 turns: on the ramp from 1 to 4
     want = torch.stack((plain[0], plain[16] * (keep + (1 - keep) / 32), plain[31] / 32))
     torch.testing.assert_close(found[[0, 16, 31]], want)
 
@@ -407,9 +406,11 @@ def test_new_embedding_is_the_mean_of_all_and_is_never_predicted():
     assert logits_of(model, ids).shape == (1, 3, 96)
     model(ids).square().mean().backward()
     assert model.new_embeddings.grad.abs().max() > 0
-    new = adapted("gpt2", Adapters(new_embeddings=1000)).new_embeddings
-    torch.testing.assert_close(new.mean(dim=0), model.embed_tokens.mean(dim=0), rtol=0, atol=0.1)
-    torch.testing.assert_close(new.std(dim=0), model.embed_tokens.std(dim=0), rtol=0.15, atol=0)
+    several = adapted("gpt2", Adapters(new_embeddings=1000))
+    new, old = several.new_embeddings, several.embed_tokens
+    assert torch.equal(several.embed(torch.tensor([96 + 7])), new[7:8])
+    torch.testing.assert_close(new.mean(dim=0), old.mean(dim=0), rtol=0, atol=0.1)
+    torch.testing.assert_close(new.std(dim=0), old.std(dim=0), rtol=0.15, atol=0)
 
 
 @pytest.mark.parametrize("whole", [False, True])
@@ -489,8 +490,7 @@ def test_loading_takes_gpt2_without_its_prefix_and_ignores_its_masks(tmp_path):
     tensors = {name.removeprefix("transformer."): t for name, t in tensors_of("gpt2").items()}
     model = load(tmp_path, "gpt2", tensors | {"h.0.attn.bias": torch.ones(1, 1, 8, 8)})
     want = Transformer.from_pretrained(FIXTURES / "gpt2")
-    assert torch.equal(logits_of(model), logits_of(want))
-    assert model.base_digest == want.base_digest
+    assert torch.equal(logits_of(model), logits_of(want)) and model.base_digest == want.base_digest
 
 
 def test_loading_makes_one_digest_of_shards_and_of_a_single_file(tmp_path):
@@ -524,8 +524,8 @@ def test_export_is_read_back_as_it_was(tmp_path, name, dtype):
     assert export_hf(model.merge(), tmp_path, tokens=tokens) == count(model)
     again = Transformer.from_pretrained(tmp_path, dtype=model.compute_dtype)
     assert torch.equal(logits_of(again), logits_of(model)) and again.config == model.config
-    tensors = load_file(tmp_path / "model.safetensors")
-    assert {tensor.dtype for tensor in tensors.values()} == {model.compute_dtype}
+    stored = {key: t.dtype for key, t in load_file(tmp_path / "model.safetensors").items()}
+    assert stored == dict.fromkeys(tensors_of(name), model.compute_dtype)
     raw, more = (json.loads(path.read_text()) for path in sorted(tmp_path.glob("*.json")))
     assert raw["torch_dtype"] == dtype and raw["eos_token_id"] == more["eos_token_id"] == 8
 
