@@ -1,7 +1,7 @@
 """Problems, tokenizers, examples and batches. Nothing here knows a model or a training method.
 
-    python data.py gsm8k-aug svamp                 downloads data sets into datasets/, checks them
-    python data.py stats svamp --tokenizer DIR     says what is in them
+    python data.py gsm8k-aug svamp          downloads what is missing into datasets/, checks it,
+                                            and says what is in it; --tokenizer DIR counts tokens
 
 A problem is (question, steps, answer). An example is a problem laid out as token ids for a pathway;
 a batch is some examples, padded on the right. Which examples make which batch is a pure function of
@@ -63,9 +63,7 @@ def load(name_or_path, split, seed=0, data_dir="datasets"):
         published = DATASETS[name_or_path][split]
         path = Path(data_dir) / name_or_path / published.file
         if not path.is_file():
-            raise FileNotFoundError(
-                f"{path}: no such file; `python data.py {name_or_path}` gets it"
-            )
+            raise FileNotFoundError(f"{path}: no such file; python data.py {name_or_path} gets it")
     elif path.is_dir():
         files = [path / f"{split}{end}" for end in (".txt", ".jsonl", ".json")]
         path = next((file for file in files if file.is_file()), files[1])
@@ -95,15 +93,10 @@ def read_problems(path, published=None):
 
 def make_problem(question, steps, answer):
     problem = Problem(normalise(question), [step.strip() for step in steps], answer.strip())
-    for name, texts in (
-        ("question", problem[:1]),
-        ("steps", problem.steps),
-        ("answer", problem[2:]),
-    ):
-        if not all(texts):
-            raise ValueError(f"{name}: empty")
-        if re.search("[\ud800-\udfff]", "".join(texts)):
-            raise ValueError(f"{name}: half a character (a lone surrogate)")
+    texts = {"question": problem[:1], "steps": problem.steps, "answer": problem[2:]}
+    for name, values in texts.items():
+        if not all(values) or re.search("[\ud800-\udfff]", "".join(values)):
+            raise ValueError(f"{name}: empty, or half a character (a lone surrogate)")
     return problem
 
 
@@ -203,24 +196,15 @@ class Published(NamedTuple):
             raise ValueError(f"{path}: the checksum is not that of the published file")
 
 
-GITHUB = "https://raw.githubusercontent.com/"
-ICOT = "da03/Internalize_CoT_Step_by_Step/e06a32ee5e4cd117171daeb4755d2a97ece62761/data/gsm8k/"
-GSM8K = "openai/grade-school-math/b0bb162abedc65e1fdd8e93ed090fd7598ee68bc/grade_school_math/data/"
-COCONUT = "facebookresearch/coconut/f248913ad54b0eb08480f491618c8dde012fb167/data/"
-ZERO_SHOT = "kojima-takeshi188/zero_shot_cot/2824685e25809779dbd36900a69825068e9f51ef/dataset/"
-ADDRESSES = {  # of the directory that holds a set's files, or a file
-    "gsm8k-aug": GITHUB + ICOT,
-    "gsm8k-aug train": "https://media.githubusercontent.com/media/" + ICOT,
-    "gsm8k": GITHUB + GSM8K,
-    "gsm-hard": GITHUB
-    + "reasoning-machines/pal/9a51009fc45ab99b35955b49d89ba6091a904036/datasets/",
-    "svamp": GITHUB + "arkilpatel/SVAMP/7827fb803c3f6b017086f75024515b15bf31900f/",
-    "multiarith": GITHUB + ZERO_SHOT + "MultiArith/",
-    "prosqa": GITHUB + COCONUT,
-    "prosqa train": GITHUB + COCONUT.replace("f248913ad54b0eb08480f491618c8dde012fb167", "main"),
-    "commonsenseqa-cot": GITHUB
-    + "J1mL1/causal-latent-cot/4f2f11fc2a0ed4281f48144e5bfb77c382885bb6/data/",
-}
+ADDRESSES = """
+gsm8k-aug da03/Internalize_CoT_Step_by_Step/e06a32ee5e4cd117171daeb4755d2a97ece62761/data/gsm8k
+gsm8k openai/grade-school-math/b0bb162abedc65e1fdd8e93ed090fd7598ee68bc/grade_school_math/data
+gsm-hard reasoning-machines/pal/9a51009fc45ab99b35955b49d89ba6091a904036/datasets
+svamp arkilpatel/SVAMP/7827fb803c3f6b017086f75024515b15bf31900f
+multiarith kojima-takeshi188/zero_shot_cot/2824685e25809779dbd36900a69825068e9f51ef/dataset
+prosqa facebookresearch/coconut/f248913ad54b0eb08480f491618c8dde012fb167/data
+commonsenseqa-cot J1mL1/causal-latent-cot/4f2f11fc2a0ed4281f48144e5bfb77c382885bb6/data
+"""  # repository, commit and folder on GitHub
 TABLE = """
 gsm8k-aug          train  train.txt                  385620  0a3909a9e7d8d2f7ad6b8c7b5608aa74
 gsm8k-aug          valid  valid.txt                     500  04f9bddfe8ac4846571b1e2b612b289c
@@ -229,7 +213,7 @@ gsm8k              train  train.jsonl                  7473  17f347dc51477c50d4e
 gsm8k              test   test.jsonl                   1319  3730d312f6e3440559ace48831e51066
 gsm-hard           test   gsmhardv2.jsonl              1319  2032b0188a49ac0ec38cbe1e695e7d62
 svamp              test   SVAMP.json                   1000  5be77703a6d891ae476d7c082787ad36
-multiarith         test   MultiArith.json               600  dc9db1b6cc68b1ecc2dec830d15aaf8c
+multiarith         test   MultiArith/MultiArith.json    600  dc9db1b6cc68b1ecc2dec830d15aaf8c
 prosqa             train  prosqa_train.json           17886  cf26632b9d3f4e812966563eed769b1c
 prosqa             valid  prosqa_valid.json             300  c74e0de24f1e90ec48b1a993e6458a7b
 prosqa             test   prosqa_test.json              500  82ddc0afe6ee30eb31bb16fa208e293e
@@ -237,10 +221,15 @@ commonsenseqa-cot  train  train.jsonl                  8096  -
 commonsenseqa-cot  test   commonsenseqa_local.jsonl    1221  adc4fe1f91d671f4c38025e688c787c8
 """
 DATASETS = {}  # name -> {split: Published}
-for name, split, file, count, digest in (line.split() for line in TABLE.strip().splitlines()):
-    at = ADDRESSES.get(f"{name} {split}", ADDRESSES[name])
-    url = "" if digest == "-" else at + file
-    DATASETS.setdefault(name, {})[split] = Published(file, int(count), digest, url)
+for name, split, file, count, digest in map(str.split, TABLE.strip().splitlines()):
+    folder = dict(map(str.split, ADDRESSES.strip().splitlines()))[name]
+    url = f"https://raw.githubusercontent.com/{folder}/{file}"
+    if (name, split) == ("gsm8k-aug", "train"):  # in Git's large file storage
+        url = url.replace("//raw.", "//media.").replace(".com/", ".com/media/")
+    if (name, split) == ("prosqa", "train"):
+        url = url.replace("f248913ad54b0eb08480f491618c8dde012fb167", "main")
+    url = "" if digest == "-" else url
+    DATASETS.setdefault(name, {})[split] = Published(Path(file).name, int(count), digest, url)
 BY_HAND = """{path} is not to be had over plain HTTP; with the package `datasets`, this writes it:
 python -c "from datasets import load_dataset as load
 load('zen-E/CommonsenseQA-GPT4omini', split='train').to_json('{path}')"
@@ -248,20 +237,17 @@ load('zen-E/CommonsenseQA-GPT4omini', split='train').to_json('{path}')"
 
 
 def fetch(name, data_dir):
-    """Downloads what is missing of a published data set into data_dir/name, and checks all of it.
-    A file appears under its name when it is whole and right. ValueError or OSError."""
-    for split, published in DATASETS[name].items():
+    """Downloads what is missing of a published data set into data_dir/name. A file appears under
+    its name when it is whole and right. ValueError or OSError."""
+    for published in DATASETS[name].values():
         path = Path(data_dir) / name / published.file
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.is_file() and not published.url:
             print(BY_HAND.format(path=path))
-            continue
-        if not path.is_file():
+        elif not path.is_file():
             content = download(published.url)
             published.check(path, content)
-            with replacing(path) as temporary:
-                temporary.write_bytes(content)
-        print(f"{path}: {len(load(name, split, data_dir=data_dir))} problems ({split})", flush=True)
+            write_bytes(path, content)
 
 
 def download(url):
@@ -419,6 +405,9 @@ LLAMA3_PATTERN = (
     r"\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 QWEN2_PATTERN = LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
+# StarCoder's and SmolLM2's: single digits are cut out first, and the rest as in GPT-2.
+DIGITS_PATTERN = GPT2_PATTERN.replace(r" ?\p{N}+", r"\p{N}")
+DIGITS_PATTERN = DIGITS_PATTERN.replace(r"\s+(?!\S)", r"\s+(?![^\s\p{N}])")
 RESERVED = ("<st>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>")
 MAX_CHARACTERS = 500_000  # of a text: tiktoken's patterns break down at a million blanks in a row
 
@@ -426,20 +415,26 @@ MAX_CHARACTERS = 500_000  # of a text: tiktoken's patterns break down at a milli
 class Tokenizer:
     """Text to ids and back.
 
-    size: number of ids; added: {name: id} of special tokens; bos_id: None where there is none;
-    reserved: ids that may stand for <st> and the like; files: {name: bytes}, saved with a run.
+    ids: of all tokens; added: {name: id} of those beside the vocabulary, of which only `words` are
+    read in a text; size: number of ids; bos_id: None where there is none; reserved: ids that may
+    stand for <st> and the like; files: {name: bytes}, saved with a run.
     """
 
     tokenizer_json = None  # the content of Hugging Face's file of that name
 
-    def __init__(self, files, size, added, eos, bos=None):
+    def __init__(self, files, ids, added, words, eos, bos):
+        if sorted(ids) != list(range(len(ids))):
+            raise ValueError(f"the ids of the {len(ids)} tokens are not 0 to {len(ids) - 1}")
         if eos not in added:
             raise ValueError(
                 f"the end token {eos!r} (tokenizer_config.json) is not among the added"
             )
-        self.files, self.size, self.added = files, size, added
+        self.files, self.size, self.added = files, len(ids), added
         self.eos_id, self.bos_id = added[eos], added.get(bos)
         self.reserved = tuple(added[name] for name in RESERVED if name in added)
+        longest_first = sorted(filter(None, words), key=len, reverse=True)
+        self.words = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
+        self.outside = {i: name for name, i in added.items()}  # what decode_ids does not know
         parts = (f"{name} ".encode() + content for name, content in sorted(files.items()))
         self.digest = hashlib.sha256(b"\0".join(parts)).hexdigest()
 
@@ -465,8 +460,7 @@ class Tokenizer:
 
     def save(self, directory):
         for name, content in self.files.items():
-            with replacing(Path(directory) / name) as temporary:
-                temporary.write_bytes(content)
+            write_bytes(Path(directory) / name, content)
 
     def encode(self, text, *, bos, eos, continued=False):
         """list of ids. bos and eos have no default, so that neither is forgotten nor doubled; where
@@ -478,33 +472,35 @@ class Tokenizer:
         if re.search("[\ud800-\udfff]", text):
             raise ValueError(f"half a character (a lone surrogate) in {text[:60]!r}")
         ids = [self.bos_id] * (bos and self.bos_id is not None)
-        return ids + self.encode_text(text, continued) + [self.eos_id] * eos
+        for i, part in enumerate(self.words.split(text)):  # text, word, text, word, ..., text
+            ids += [self.added[part]] if i % 2 else self.encode_text(part, continued or i > 0)
+        return ids + [self.eos_id] * eos
 
     def decode(self, ids):
         """The text of ids. A model may have more ids than its tokenizer: they read as U+FFFD."""
-        runs = [[]]
+        text, run = "", []
         for i in ids:
-            runs.append([]) if i >= self.size else runs[-1].append(i)
-        return "\ufffd".join(self.decode_ids(run) for run in runs)
+            if i < self.size and i not in self.outside:
+                run.append(i)
+            else:
+                text += self.decode_ids(run, bool(text)) + self.outside.get(i, "\ufffd")
+                run = []
+        return text + self.decode_ids(run, bool(text))
 
     def export(self, with_st):
         """({file name: bytes}, id of <st>): the tokenizer's files, with <st> in tokenizer.json, as
         Hugging Face's libraries read them. with_st: the first reserved token by another name, or a
         new one. ValueError where there is no tokenizer.json."""
         if self.tokenizer_json is None:
-            raise ValueError(
-                "the export needs the base model's tokenizer.json beside its tokenizer"
-            )
+            raise ValueError("the export needs tokenizer.json beside the base model's tokenizer")
         st_id = self.reserved[0] if self.reserved else self.size
-        added = self.tokenizer_json["added_tokens"]
+        added = {token["id"]: token for token in self.tokenizer_json["added_tokens"]}
         if with_st:
-            added = [token for token in added if token["id"] != st_id] + [
-                added_token(st_id, "<st>")
-            ]
-        raw = self.tokenizer_json | {"added_tokens": sorted(added, key=lambda token: token["id"])}
+            added[st_id] = added_token(st_id, "<st>")
+        raw = self.tokenizer_json | {"added_tokens": [added[i] for i in sorted(added)]}
         if self.bos_id is None:
             raw["post_processor"] = None
-        names = {token["id"]: token["content"] for token in added}
+        names = {i: token["content"] for i, token in added.items()}
         eos = names[self.eos_id]
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left"}
         config |= {"bos_token": names.get(self.bos_id), "eos_token": eos, "pad_token": eos}
@@ -527,10 +523,13 @@ class Words(Tokenizer):
         if not isinstance(self.list, list) or not all(isinstance(w, str) for w in self.list):
             raise ValueError("words.json is not a list of texts")
         self.ids = {word: i for i, word in enumerate(self.list)}
-        special = ("<bos>", "<eos>", "<st>")
-        added = {word: self.ids[word] for word in special if word in self.ids}
-        super().__init__(files, len(self.list), added, "<eos>", "<bos>")
-        self.tokenizer_json = self.make_tokenizer_json()
+        special = [word for word in ("<bos>", "<eos>", "<st>") if word in self.ids]
+        added = {word: self.ids[word] for word in special}
+        super().__init__(files, range(len(self.list)), added, (), "<eos>", "<bos>")
+        self.outside = {}
+        added = [added_token(i, name) for name, i in added.items()]
+        parts = self.token, self.blank_at_sign + "|^ ", self.bos_id, added, self.ids
+        self.tokenizer_json = json.loads(WORDS_JSON % tuple(map(json.dumps, parts)))
 
     def encode_text(self, text, continued):
         words = re.findall(self.token, text)
@@ -538,49 +537,22 @@ class Words(Tokenizer):
             raise ValueError(f"{unknown[0]!r} is not in the vocabulary, words.json")
         return [self.ids[word] for word in words]
 
-    def decode_ids(self, ids):
+    def decode_ids(self, ids, continued):
         return re.sub(self.blank_at_sign, "", " ".join(self.list[i] for i in ids))
 
-    def make_tokenizer_json(self):
-        """The same in the format of Hugging Face's tokenizers."""
-        special = {"<bos>": {"id": "<bos>", "ids": [self.bos_id], "tokens": ["<bos>"]}}
-        first, text = (
-            {"SpecialToken": {"id": "<bos>", "type_id": 0}},
-            {"Sequence": {"id": "A", "type_id": 0}},
-        )
-        template = {
-            "type": "TemplateProcessing",
-            "single": [first, text],
-            "pair": [first, text, text],
-        }
-        cut = {
-            "type": "Split",
-            "pattern": {"Regex": self.token},
-            "behavior": "Removed",
-            "invert": True,
-        }
-        replace = {"type": "Replace", "pattern": {"Regex": "^"}, "content": " "}  # before each word
-        tighten = {
-            "type": "Replace",
-            "pattern": {"Regex": f"{self.blank_at_sign}|^ "},
-            "content": "",
-        }
-        added = [added_token(i, name) for name, i in self.added.items()]
-        return {
-            "version": "1.0",
-            "added_tokens": added,
-            "normalizer": None,
-            "pre_tokenizer": cut,
-            "post_processor": template | {"special_tokens": special},
-            "model": {"type": "WordLevel", "vocab": self.ids, "unk_token": "<unk>"},
-            "decoder": {"type": "Sequence", "decoders": [replace, {"type": "Fuse"}, tighten]},
-        }
 
-
-def added_token(i, name):
-    """A special token in a tokenizer.json."""
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    return {"id": i, "content": name, "special": True} | flags
+# The same for Hugging Face's tokenizers: words are what the pattern finds; <bos> comes first; they
+# are joined with a blank before each, of which some are taken away.
+WORDS_JSON = """{"version": "1.0", "normalizer": null,
+"pre_tokenizer": {"type": "Split", "pattern": {"Regex": %s}, "behavior": "Removed", "invert": true},
+"decoder": {"type": "Sequence", "decoders": [
+    {"type": "Replace", "pattern": {"Regex": "^"}, "content": " "}, {"type": "Fuse"},
+    {"type": "Replace", "pattern": {"Regex": %s}, "content": ""}]},
+"post_processor": {"type": "TemplateProcessing", "pair": [{"Sequence": {"id": "A", "type_id": 0}}],
+    "single": [{"SpecialToken": {"id": "<bos>", "type_id": 0}},
+               {"Sequence": {"id": "A", "type_id": 0}}],
+    "special_tokens": {"<bos>": {"id": "<bos>", "ids": [%s], "tokens": ["<bos>"]}}},
+"added_tokens": %s, "model": {"type": "WordLevel", "vocab": %s, "unk_token": "<unk>"}}"""
 
 
 def demo_tokenizer():
@@ -588,34 +560,27 @@ def demo_tokenizer():
 
 
 class BytePair(Tokenizer):
-    """A byte-level BPE on tiktoken. ranks: {bytes: id}; added: {name: id}, of which only `words`
-    are read in a text; nfc: a text is brought into Unicode's composed form first."""
+    """A byte-level BPE on tiktoken. ranks: {bytes: id}; nfc: a text is brought into Unicode's
+    composed form first; tokens: the added ones, see `added_tokens`."""
 
-    def __init__(self, files, pattern, ranks, added, words, nfc, eos, bos, tokenizer_json=None):
-        size = len(ranks) + len(added)
-        if sorted([*ranks.values(), *added.values()]) != list(range(size)):
-            raise ValueError(f"the ids of the {size} tokens are not 0 to {size - 1}")
-        if not all(bytes([byte]) in ranks for byte in range(256)):
-            raise ValueError("the vocabulary lacks one of the 256 bytes")
-        self.nfc, self.tokenizer_json = nfc, tokenizer_json
-        longest_first = sorted(filter(None, words), key=len, reverse=True)
-        self.word = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-        self.encoding = tiktoken.Encoding(
-            "bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens=added
-        )
-        self.decode_ids = self.encoding.decode
-        super().__init__(files, size, added, eos, bos)
+    def __init__(self, files, pattern, ranks, tokens, nfc, raw, bos, *usual_eos):
+        added = {token["content"]: token["id"] for token in tokens}
+        words = [token["content"] for token in tokens if not token["special"]]
+        ids = [*ranks.values(), *added.values()]
+        super().__init__(files, ids, added, words, *ends(files, added, bos, *usual_eos))
+        self.nfc, self.lacks = nfc, {byte for byte in range(256) if bytes([byte]) not in ranks}
+        how = dict(pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        self.encoding = tiktoken.Encoding("bpe", **how)
+        self.tokenizer_json = raw and raw | {"added_tokens": tokens}
 
     def encode_text(self, text, continued):
-        ids, end = [], 0
-        for found in [*self.word.finditer(text), None]:
-            part = text[end : found.start() if found else None]
-            part = unicodedata.normalize("NFC", part) if self.nfc else part
-            ids += self.encoding.encode_ordinary(part)
-            if found:
-                ids.append(self.added[found[0]])
-                end = found.end()
-        return ids
+        text = unicodedata.normalize("NFC", text) if self.nfc else text
+        if self.lacks and (odd := self.lacks.intersection(text.encode())):
+            raise ValueError(f"the vocabulary lacks the byte {min(odd)} of {text[:60]!r}")
+        return self.encoding.encode_ordinary(text)
+
+    def decode_ids(self, ids, continued):
+        return self.encoding.decode(ids)
 
 
 class SentencePiece(Tokenizer):
@@ -633,22 +598,25 @@ class SentencePiece(Tokenizer):
             raise ValueError("neither Llama 3's ranks nor a SentencePiece model") from None
         model, size = self.model, self.model.vocab_size()
         special = [i for i in range(size) if model.is_control(i) or model.is_unknown(i)]
-        added = {model.id_to_piece(i): i for i in special}
-        bos, eos = (
-            model.id_to_piece(i) if i >= 0 else None for i in (model.bos_id(), model.eos_id())
-        )
-        self.decode_ids = model.decode
-        super().__init__(files, size, added, *ends(files, added, bos, eos))
-        if "tokenizer.json" in files:  # there a blank stands before the text alone, as here
-            raw = parse_json(files, "tokenizer.json")
+        known = [added_token(i, model.id_to_piece(i)) for i in special]
+        tokens, raw = added_tokens(files, known), parse_json(files, "tokenizer.json")
+        added = {token["content"]: token["id"] for token in tokens}
+        words = [token["content"] for token in tokens if not token["special"]]
+        names = {i: name for name, i in added.items()}
+        bos, eos = (names.get(i) for i in (model.bos_id(), model.eos_id()))
+        ids = [*range(size), *(i for i in added.values() if i >= size)]
+        super().__init__(files, ids, added, words, *ends(files, added, bos, eos))
+        self.outside = {i: name for i, name in names.items() if i >= size}
+        if raw:  # there a blank stands before the text alone, as here
             blank = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first"}
-            self.tokenizer_json = raw | {
-                "normalizer": None,
-                "pre_tokenizer": blank | {"split": False},
-            }
+            cut = {"normalizer": None, "pre_tokenizer": blank | {"split": False}}
+            self.tokenizer_json = raw | cut | {"added_tokens": tokens}
 
     def encode_text(self, text, continued):
         return (self.continued_model if continued else self.model).encode(text)
+
+    def decode_ids(self, ids, continued):
+        return (self.continued_model if continued else self.model).decode(ids)
 
 
 def parse_json(files, name):
@@ -658,13 +626,43 @@ def parse_json(files, name):
         raise ValueError(f"{name} is not JSON ({error})") from None
 
 
+def added_token(i, name, special=True):
+    """An added token as in a tokenizer.json."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": i, "content": name, "special": special} | flags
+
+
+def added_tokens(files, known=()):
+    """The tokens beside the vocabulary, in the order of their ids, as all files together say:
+    tokenizer.json, tokenizer_config.json, added_tokens.json, and those that are `known` without.
+    ValueError where they contradict each other, or one is not read as it would be elsewhere."""
+    config, tokens = parse_json(files, "tokenizer_config.json"), {}
+    names = [config.get(f"{name}_token") for name in ("bos", "eos", "pad", "unk")]
+    special = {name["content"] if isinstance(name, dict) else name for name in names}
+    found = [*parse_json(files, "tokenizer.json").get("added_tokens", ())]
+    decoder = config.get("added_tokens_decoder", {})
+    found += [added_token(int(i), "") | token | {"id": int(i)} for i, token in decoder.items()]
+    named = parse_json(files, "added_tokens.json")
+    found += [added_token(i, name, name in special) for name, i in named.items()]
+    for token in found:
+        name = tokens.setdefault(token["id"], token)["content"]
+        if name != token["content"]:
+            raise ValueError(f"the id {token['id']} is of both {name!r} and {token['content']!r}")
+    tokens = {token["id"]: token for token in known} | tokens
+    if len({token["content"] for token in tokens.values()}) < len(tokens):
+        raise ValueError("an added token has two ids")
+    for token in tokens.values():
+        odd = [name for name in ("lstrip", "rstrip", "single_word") if token[name]]
+        if odd and not token["special"]:
+            raise ValueError(f"the added token {token['content']!r} has {odd[0]}: not supported")
+    return [tokens[i] for i in sorted(tokens)]
+
+
 def ends(files, added, bos, *usual):
     """(name of the end token, name of the one put first or None): tokenizer_config.json's, or the
     first of the `usual` ones that is there, and bos."""
     config = parse_json(files, "tokenizer_config.json")
     eos = config.get("eos_token") or next((name for name in usual if name in added), None)
-    if unknown := parse_json(files, "added_tokens.json").keys() - added.keys():
-        raise ValueError(f"added_tokens.json: {min(unknown)!r} is in no other file")
     if config.get("add_bos_token") and bos is None:
         raise ValueError("tokenizer_config.json: add_bos_token is not supported here")
     eos = eos["content"] if isinstance(eos, dict) else eos
@@ -681,85 +679,86 @@ def read_tokenizer_model(files):
     ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
     if len(ranks) != 128_000:
         raise ValueError(f"{len(ranks)} ranks, not Llama 3's: their pattern is not known")
-    special = {0: "begin_of_text", 1: "end_of_text", 4: "finetune_right_pad_id"}
-    special |= {
-        6: "start_header_id",
-        7: "end_header_id",
-        8: "eom_id",
-        9: "eot_id",
-        10: "python_tag",
-    }
     reserved = (f"reserved_special_token_{i}" for i in range(256))
+    special = {0: "begin_of_text", 1: "end_of_text", 4: "finetune_right_pad_id", 10: "python_tag"}
+    special |= {6: "start_header_id", 7: "end_header_id", 8: "eom_id", 9: "eot_id"}
     names = [f"<|{special.get(i) or next(reserved)}|>" for i in range(256)]
-    added = {name: len(ranks) + i for i, name in enumerate(names)}
-    eos, bos = ends(files, added, names[0], names[1])
+    known = [added_token(len(ranks) + i, name) for i, name in enumerate(names)]
+    tokens = added_tokens(files, known)
     raw = parse_json(files, "tokenizer.json") or None
-    return BytePair(files, LLAMA3_PATTERN, ranks, added, (), False, eos, bos, raw)
+    return BytePair(files, LLAMA3_PATTERN, ranks, tokens, False, raw, names[0], names[1])
+
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+
+
+def split_at(pattern):
+    """The pre_tokenizer of a tokenizer.json that cuts a text by a pattern, then spells bytes."""
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}
+    return [split | {"invert": False}, BYTE_LEVEL | {"use_regex": False}]
+
+
+PRE_TOKENIZERS = {pattern: split_at(pattern) for pattern in (LLAMA3_PATTERN, QWEN2_PATTERN)}
+PRE_TOKENIZERS |= {GPT2_PATTERN: [BYTE_LEVEL]}
+PRE_TOKENIZERS |= {DIGITS_PATTERN: [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL]}
+
+
+BPE_OPTIONS = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
 
 
 def read_tokenizer_json(files, raw=None):
     """Hugging Face's tokenizer.json, where it is a byte-level BPE."""
     raw = raw or parse_json(files, "tokenizer.json")
-    model, normalizer, cut = raw["model"], raw["normalizer"], raw["pre_tokenizer"] or {}
-    if model.get("type", "BPE") != "BPE":
-        raise ValueError(f"model.type {model['type']!r} is not supported (only 'BPE')")
-    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
-        if model.get(name):
-            raise ValueError(f"model.{name} = {model[name]!r} is not supported")
-    if normalizer and normalizer["type"] != "NFC":
-        raise ValueError(f"normalizer {normalizer['type']!r} is not supported (only 'NFC')")
-    *split, last = cut["pretokenizers"] if cut.get("type") == "Sequence" else [cut]
-    pattern = split[0].get("pattern", {}).get("Regex") if split else GPT2_PATTERN
-    by_bytes = last.get("type") == "ByteLevel" and not last["add_prefix_space"]
-    if not by_bytes or len(split) > 1 or bool(split) == last.get("use_regex", True):
-        raise ValueError(f"pre_tokenizer {cut.get('type')!r} is not supported")
-    isolates = split and split[0]["behavior"] == "Isolated" and not split[0]["invert"]
-    if split and (pattern not in (LLAMA3_PATTERN, QWEN2_PATTERN) or not isolates):
-        raise ValueError(f"pre_tokenizer: {split[0]} is not Llama 3's or Qwen2's")
-    added = {token["content"]: token["id"] for token in raw["added_tokens"]}
-    words = [token for token in raw["added_tokens"] if not token["special"]]
-    for token in words:
-        odd = [name for name in ("lstrip", "rstrip", "single_word") if token[name]]
-        if odd or (normalizer and token["normalized"]):
-            raise ValueError(f"the added token {token['content']!r} has {odd or 'normalized'}")
+    model, normalizer, post = raw["model"], raw["normalizer"] or {}, raw["post_processor"] or {}
+    if model.get("byte_fallback"):
+        raise ValueError("model.byte_fallback: SentencePiece's; its tokenizer.model is needed here")
+    odd = [f"model.type {model['type']}"] if model.get("type", "BPE") != "BPE" else []
+    odd += [f"model.{name}" for name in BPE_OPTIONS if model.get(name)]
+    steps = normalizer.get("normalizers", [normalizer] if normalizer else [])
+    odd += [f"normalizer {step['type']}" for step in steps if step["type"] != "NFC"]
+    cut = raw["pre_tokenizer"] or {}
+    cut = [dict(step) for step in cut.get("pretokenizers", [cut])]
+    for step in cut:
+        step.pop("trim_offsets", None)
+    cut[-1] = {"use_regex": True} | cut[-1]
+    pattern = next((p for p, known in PRE_TOKENIZERS.items() if known == cut), None)
+    odd += [f"pre_tokenizer {json.dumps(cut)}"] if pattern is None else []
+    processors = post.get("processors", [post] if post else [])
+    parts = [part for step in processors for part in step.get("single", ())]
+    first = [part["SpecialToken"]["id"] for part in parts if "SpecialToken" in part]
+    kinds = {step["type"] for step in processors} - {"ByteLevel", "TemplateProcessing"}
+    if kinds or len(first) > 1 or (first and "SpecialToken" not in parts[0]):
+        odd.append(f"post_processor {', '.join([*kinds, *first])}")
+    if odd:
+        raise ValueError(f"{odd[0]} is not supported")
+    tokens = added_tokens(files, raw["added_tokens"])
+    added = {token["content"] for token in tokens}
+    if steps and any(t["normalized"] and not t["content"].isascii() for t in tokens):
+        raise ValueError("an added token that is not ASCII is normalized: not supported")
     merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
     vocab = {token: i for token, i in model["vocab"].items() if token not in added}
-    post = raw["post_processor"] or {}
-    templates = [p for p in (post, *post.get("processors", ())) if "single" in p]
-    first = [
-        p["single"][0]["SpecialToken"]["id"] for p in templates if "SpecialToken" in p["single"][0]
-    ]
-    eos, bos = ends(files, added, *(first or [None]), "<|end_of_text|>", "<|endoftext|>")
-    words = [token["content"] for token in words]
+    usual = *(first or [None]), "<|end_of_text|>", "<|endoftext|>"
     ranks = byte_ranks(vocab, merges)
-    return BytePair(files, pattern, ranks, added, words, bool(normalizer), eos, bos, raw)
+    return BytePair(files, pattern, ranks, tokens, bool(steps), raw, *usual)
 
 
 def read_vocab_and_merges(files):
     """GPT-2's or Qwen2's vocab.json and merges.txt. GPT-2's vocabulary ends in its end token; the
     special tokens of Qwen2 are in tokenizer_config.json. What they say in a tokenizer.json."""
-    vocab = parse_json(files, "vocab.json")
+    vocab, end_token = parse_json(files, "vocab.json"), "<|endoftext|>"
     config = parse_json(files, "tokenizer_config.json")
-    family = config.get("tokenizer_class") or ("GPT2" if "<|endoftext|>" in vocab else "Qwen2")
+    family = config.get("tokenizer_class") or ("GPT2" if end_token in vocab else "Qwen2")
     qwen2 = family.startswith("Qwen2")
     if not family.startswith(("GPT2", "Qwen2")) or config.get("add_prefix_space"):
         raise ValueError(f"tokenizer_config.json: {family} is not supported, nor a prefixed space")
-    added = [{**token, "id": int(i)} for i, token in config.get("added_tokens_decoder", {}).items()]
-    if not added and "<|endoftext|>" in vocab:
-        added = [{"content": "<|endoftext|>", "id": vocab["<|endoftext|>"], "special": True}]
-    if not added:
-        raise ValueError("tokenizer_config.json: added_tokens_decoder is missing")
     lines = files["merges.txt"].decode().splitlines()
     merges = [line for line in lines if line and not line.startswith("#version")]
-    by_bytes = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": not qwen2}
-    cut = {"pattern": {"Regex": QWEN2_PATTERN}, "behavior": "Isolated", "invert": False}
+    pattern = QWEN2_PATTERN if qwen2 else GPT2_PATTERN
     raw = {
         "model": {"vocab": vocab, "merges": merges},
         "normalizer": {"type": "NFC"} if qwen2 else None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [cut, by_bytes]}
-        if qwen2
-        else by_bytes,
-        "added_tokens": added,
+        "pre_tokenizer": {"pretokenizers": PRE_TOKENIZERS[pattern]},
+        "added_tokens": [added_token(vocab[end_token], end_token)] if end_token in vocab else [],
         "post_processor": None,
     }
     tokenizer = read_tokenizer_json(files, raw)
@@ -919,6 +918,9 @@ def choices_of(field):
     return choices.split(" ") if isinstance(choices, str) else choices
 
 
+AS_WRITTEN = argparse.RawDescriptionHelpFormatter
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise ValueError(f"{message} (--help lists the options)")
@@ -926,8 +928,7 @@ class Parser(argparse.ArgumentParser):
 
 def parse_options(cls, argv, doc, defaults=()):
     """An instance of a dataclass of `option`s, from the command line. ValueError."""
-    kind = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=doc, formatter_class=kind, allow_abbrev=False)
+    parser = Parser(description=doc, formatter_class=AS_WRITTEN, allow_abbrev=False)
     for field in dataclasses.fields(cls):
         default = dict(defaults).get(field.name, field.default)
         how = dict(default=default, help=f"{field.metadata['help']} (default: {default!r})")
@@ -1008,9 +1009,13 @@ def sync(path):
         os.close(handle)
 
 
-def write_text(path, text):
+def write_bytes(path, content):
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content)
+
+
+def write_text(path, text):
+    write_bytes(path, text.encode())
 
 
 def write_json(path, value):
@@ -1056,26 +1061,26 @@ def run_program(main):
 
 
 def main(argv=None):
-    kind = argparse.RawDescriptionHelpFormatter
-    parser = Parser("data.py", description=__doc__, formatter_class=kind, allow_abbrev=False)
-    parser.add_argument("names", nargs="+", metavar="[stats] NAME", help=", ".join(DATASETS))
+    parser = Parser("data.py", description=__doc__, formatter_class=AS_WRITTEN, allow_abbrev=False)
+    parser.add_argument(
+        "names", nargs="+", metavar="NAME", help=f"{', '.join(DATASETS)}; or a path"
+    )
     parser.add_argument("--data_dir", default="datasets", help="where the data sets lie")
-    parser.add_argument("--tokenizer", help="stats: directory of a tokenizer, to count tokens with")
+    parser.add_argument("--tokenizer", help="directory of a tokenizer, to count tokens with")
     options = parser.parse_args(argv)
-    action, *names = options.names if options.names[0] == "stats" else ["fetch", *options.names]
     tokenizer = Tokenizer.from_pretrained(options.tokenizer) if options.tokenizer else None
-    for name in names:
-        if action == "fetch" and name not in DATASETS:
-            raise ValueError(f"no data set {name!r}; there are {', '.join(DATASETS)}")
-        if action == "fetch":
+    for name in options.names:
+        splits, missing = DATASETS.get(name, ("train", "valid", "test")), []
+        if name in DATASETS:
             fetch(name, options.data_dir)
-            continue
-        for split in DATASETS.get(name, ("train", "valid", "test")):
+        for split in splits:
             try:
                 problems = load(name, split, data_dir=options.data_dir)
-                print(f"{name}, {split}: {stats(problems, tokenizer)}")
+                print(f"{name}, {split}: {stats(problems, tokenizer)}", flush=True)
             except FileNotFoundError as error:
-                print(f"not there: {error}")
+                missing.append(error)
+        if missing and (name in DATASETS or len(missing) == len(splits)):
+            raise missing[0]
 
 
 if __name__ == "__main__":

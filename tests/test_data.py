@@ -94,7 +94,11 @@ def test_load_reads_own_data_from_a_directory_or_a_file(tmp_path, file):
         ("a.jsonl", '{"question": "q", "steps": [null], "answer": "1"}', ":1: steps is None"),
         ("a.jsonl", '{"question": "q", "answer": true}', ":1: answer is True, not text or"),
         ("a.jsonl", '{"question": "q", "answer": 1e999}', ":1: answer is inf"),
-        ("a.jsonl", '{"question": "q\\ud800", "answer": "1"}', ":1: question: half a character"),
+        (
+            "a.jsonl",
+            '{"question": "q\\ud800", "answer": "1"}',
+            ":1: question: empty, or half a character",
+        ),
         ("a.jsonl", '{"sQuestion": "q", "lSolutions": [null]}', ":1: lSolutions is None"),
     ],
 )
@@ -111,7 +115,9 @@ def test_load_names_what_is_missing(tmp_path):
         data.load("nowhere", "valid")
     with pytest.raises(ValueError, match="svamp has no train split"):
         data.load("svamp", "train", data_dir=tmp_path)
-    with pytest.raises(FileNotFoundError, match="SVAMP.json: no such file; `python data.py svamp`"):
+    with pytest.raises(
+        FileNotFoundError, match="SVAMP.json: no such file; python data.py svamp gets"
+    ):
         data.load("svamp", "test", data_dir=tmp_path)
 
 
@@ -349,7 +355,7 @@ def test_tokenizer_decodes_what_it_encodes(tokenizers, kind):
         text = unicodedata.normalize("NFC", text) if "qwen2" in kind else text
         assert tokenizer.decode(plain_ids(tokenizer, text)) == text
     last, n = plain_ids(tokenizer, "7"), tokenizer.size  # a model may have more ids
-    assert tokenizer.decode([*last, n, *last, n + 7]) == "7\ufffd7\ufffd"
+    assert tokenizer.decode([*last, n, *last, n + 7]).replace(" ", "") == "7\ufffd7\ufffd"
 
 
 @pytest.mark.parametrize("kind", KINDS[:-1])
@@ -409,6 +415,84 @@ def test_tokenizer_configuration_names_the_ends(tmp_path):
     assert (tokenizer.bos_id, tokenizer.eos_id) == (None, 422)
 
 
+VARIANTS = {  # what published tokenizer.json files have beside the fixture's
+    "digits": {
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Digits", "individual_digits": True},
+                {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True},
+            ],
+        }
+    },
+    "empty normalizer": {"normalizer": {"type": "Sequence", "normalizers": []}},
+    "normalized words": {"normalizer": {"type": "NFC"}},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_of_a_tokenizer_json_give_the_ids_of_hugging_face(tmp_path, variant):
+    library = pytest.importorskip("tokenizers")
+    raw = fixture_json("gpt2") | VARIANTS[variant]
+    more = [added("<calc>", 421, normalized=True), added("[a]", 422), added("[PAD]", 423, True)]
+    raw["added_tokens"] += more
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    ours = Tokenizer.from_pretrained(tmp_path)
+    theirs = library.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    texts = [
+        "12 eggs <calc> a  1 b",
+        "3.50<calc>[a]",
+        "a\n 12\n\n 3",
+        "x   ½ ²3 '1's 2's \u0664 -7 ",
+    ]
+    texts += [t for t in fixture_json("gpt2", "expected.json")["texts"] if "<|" not in t]
+    for text in texts:  # theirs reads the names of special tokens
+        assert plain_ids(ours, text) == theirs.encode(text, add_special_tokens=False).ids
+
+
+def test_a_vocabulary_without_some_bytes_reads_texts_without_them(tmp_path):
+    raw = fixture_json("gpt2")
+    last = len(raw["model"]["vocab"]) - 1
+    token = next(token for token, i in raw["model"]["vocab"].items() if i == last)
+    raw["model"]["vocab"].pop(token)
+    raw["model"]["merges"].pop()
+    byte = raw["model"]["vocab"].pop("ÿ")
+    raw["model"]["vocab"] = {t: i - (i > byte) for t, i in raw["model"]["vocab"].items()}
+    raw["added_tokens"][0]["id"] = last - 1
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    tokenizer = Tokenizer.from_pretrained(tmp_path)
+    assert tokenizer.decode(plain_ids(tokenizer, "12 é")) == "12 é"
+    odd = b"\xf0\x9f\xbf\xbf".decode()
+    assert tokenizer.decode(plain_ids(tokenizer, odd)) == odd
+    tokenizer.lacks = {0xBF}
+    with pytest.raises(ValueError, match="lacks the byte 191"):
+        plain_ids(tokenizer, odd)
+
+
+def test_added_tokens_beside_other_files(tokenizers, tmp_path):
+    """added_tokens.json, and added_tokens_decoder alone; a special one is no part of a text."""
+    write_vocab_and_merges(tmp_path, "gpt2")
+    (tmp_path / "tokenizer_config.json").write_text('{"pad_token": "[PAD]"}')
+    (tmp_path / "added_tokens.json").write_text('{"[PAD]": 421, "<calc>": 422}')
+    gpt2 = Tokenizer.from_pretrained(tmp_path)
+    assert (gpt2.size, gpt2.eos_id) == (423, 420)
+    a, b = plain_ids(gpt2, "a "), plain_ids(gpt2, " b")
+    assert plain_ids(gpt2, "a <calc> b") == [*a, 422, *b]
+    assert 421 not in plain_ids(gpt2, "a [PAD] b") and gpt2.decode([*a, 421]) == "a [PAD]"
+
+    llama2 = tmp_path / "llama2"
+    llama2.mkdir()
+    shutil.copy(tokenizers["sentencepiece"][0] / "tokenizer.model", llama2)
+    tokens = {"300": added("<|im_end|>", 0, True), "301": added("<calc>", 0)}
+    config = {"eos_token": "<|im_end|>", "added_tokens_decoder": tokens}
+    (llama2 / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer, plain = Tokenizer.from_pretrained(llama2), tokenizers["sentencepiece"][1]
+    assert (tokenizer.size, tokenizer.eos_id) == (302, 300)
+    b = plain.encode(" b", bos=False, eos=False, continued=True)
+    ids = plain_ids(tokenizer, "a <calc> b")
+    assert ids == [*plain_ids(plain, "a "), 301, *b] and tokenizer.decode(ids) == "a <calc> b"
+
+
 @pytest.mark.parametrize("kind", ["vocab-qwen2", "sentencepiece", "words"])
 def test_tokenizer_is_saved_as_it_was_read(tokenizers, kind, tmp_path):
     source, tokenizer = tokenizers[kind]
@@ -441,11 +525,22 @@ def test_exported_tokenizer_gives_the_same_ids(tokenizers, kind, tmp_path):
         assert theirs.encode(text + "<st><st>Answer:").ids == [*ids, st_id, st_id, *behind]
 
 
+def added(name, i, special=False, **flags):
+    return data.added_token(i, name, special) | flags
+
+
+def template(*names):
+    """A post_processor that puts tokens around a text, None."""
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    parts = [{"SpecialToken": {"id": n, "type_id": 0}} if n else text for n in names]
+    return {"type": "TemplateProcessing", "single": parts, "pair": [], "special_tokens": {}}
+
+
 REFUSED = [  # what is changed in a tokenizer.json, by its path
-    ("model.type", "Unigram", "model.type 'Unigram'"),
+    ("model.type", "Unigram", "model.type Unigram"),
     ("model.byte_fallback", True, "model.byte_fallback"),
-    ("normalizer", {"type": "Lowercase"}, "normalizer 'Lowercase'"),
-    ("pre_tokenizer", {"type": "Metaspace"}, "pre_tokenizer 'Metaspace'"),
+    ("normalizer", {"type": "Lowercase"}, "normalizer Lowercase"),
+    ("pre_tokenizer", {"type": "Metaspace"}, "pre_tokenizer .*Metaspace"),
     ("pre_tokenizer.pretokenizers.0.invert", True, "pre_tokenizer"),
     ("pre_tokenizer.pretokenizers.0.behavior", "Removed", "pre_tokenizer"),
     ("pre_tokenizer.pretokenizers.0.pattern", {"Regex": r"\w+"}, "pre_tokenizer"),
@@ -457,7 +552,12 @@ REFUSED = [  # what is changed in a tokenizer.json, by its path
     ("model.vocab.日", 5, "'日' is not spelled in bytes"),
     ("added_tokens.1.content", "</s>", r"end token '<\|im_end\|>'"),
     ("added_tokens.2.lstrip", True, "added token '<tool_call>'"),
-    ("added_tokens.2.normalized", True, "added token '<tool_call>'"),
+    ("added_tokens.2", added("é", 422, normalized=True), "not ASCII"),
+    ("added_tokens.2.id", 421, "the id 421 is of both"),
+    ("added_tokens.2.content", "<|im_end|>", "has two ids"),
+    ("post_processor", {"type": "RobertaProcessing"}, "post_processor RobertaProcessing"),
+    ("post_processor", template("a", "b", None), "post_processor a, b"),
+    ("post_processor", template(None, "a"), "post_processor a"),
 ]
 
 
@@ -484,14 +584,14 @@ MERGES = {"merges.txt": "", "vocab.json": '{"a": 0, "<|endoftext|>": 1}'}
         ({"words.json": '["a"]'}, "words.json: .*'<eos>'"),
         ({"tokenizer.json": "[" * 100_000}, "tokenizer.json is not JSON"),
         ({"tokenizer.json": "{}"}, "tokenizer.json: the field 'model' is missing"),
-        ({"vocab.json": '{"a": 0}', "merges.txt": ""}, "added_tokens_decoder is missing"),
-        (MERGES, "lacks one of the 256 bytes"),
+        ({"vocab.json": '{"a": 0}', "merges.txt": ""}, "end token None"),
         (MERGES | {"merges.txt": "a b"}, "the merge 'a b'"),
         (MERGES | {"tokenizer_config.json": '{"tokenizer_class": "Bart"}'}, "Bart is not supp"),
         (MERGES | {"tokenizer_config.json": '{"add_prefix_space": true}'}, "prefixed space"),
         (MERGES | {"tokenizer_config.json": '{"add_bos_token": true}'}, "add_bos_token is not"),
         (MERGES | {"tokenizer_config.json": "{"}, "tokenizer_config.json is not JSON"),
-        (MERGES | {"added_tokens.json": '{"<t>": 2}'}, "added_tokens.json: '<t>' is in no other"),
+        (MERGES | {"added_tokens.json": '{"<t>": 1}'}, "the token '<.endoftext.>' is not"),
+        (MERGES | {"added_tokens.json": '{"<t>": 3}'}, "ids of the 3 tokens are not 0 to 2"),
     ],
 )
 def test_tokenizer_that_is_broken_or_unknown_is_named(tmp_path, files, message):
