@@ -382,7 +382,7 @@ def generate(model, tokenizer, pathway, prompts, max_new_tokens):
         raise ValueError(f"the weights were merged for the {model.merged} pathway")
     batch = collate(prompts, tokenizer.eos_id).to(model.device)
     (B, T), rows = batch.ids.shape, torch.arange(len(prompts), device=model.device)
-    cache = KVCache(model.config, B, T + max_new_tokens, model.compute_dtype, model.device)
+    cache = KVCache(model, B, T + max_new_tokens)
     hidden, _ = hidden_at(model, batch, (rows, batch.lengths - 1), pathway.silent, cache)  # [B, n]
     written, done = [], torch.zeros(B, dtype=torch.bool, device=model.device)
     for i in range(max_new_tokens):
@@ -391,7 +391,7 @@ def generate(model, tokenizer, pathway, prompts, max_new_tokens):
         if done.all() or i == max_new_tokens - 1:
             break
         ids, positions = written[-1][:, None], (batch.lengths + i)[:, None]  # [B, 1]
-        hidden = model(ids, pathway.silent, positions, cache, kv_length=T + i + 1)[:, 0]
+        hidden = model(ids, pathway.silent, positions, cache)[:, 0]
     ids, eos = torch.stack(written, dim=1).tolist(), tokenizer.eos_id
     return [row[: row.index(eos) + 1] if eos in row else row for row in ids]
 
@@ -548,8 +548,7 @@ def hidden_behind_latents(model, batch, tokens, cache=None, capture=None):
     after = torch.arange(int((batch.lengths - last).max()), device=last.device)
     positions = last[:, None] + after  # [B, R], of the last thought and what follows it
     if cache is None:
-        length = int(positions.max()) + 1
-        cache = KVCache(model.config, len(rows), length, model.compute_dtype, model.device)
+        cache = KVCache(model, len(rows), int(positions.max()) + 1)
     to_embedding = model.projector or nn.Identity()
 
     hidden = model(batch.ids[:, : int(batch.latent_start.max())], cache=cache)
@@ -582,7 +581,9 @@ def fingerprint(options, model, tokenizer):
     used = METHODS[options.method].uses
     unused = {name for method in METHODS.values() for name in method.uses if name not in used}
     values = dataclasses.asdict(options) | dataclasses.asdict(model.config)
-    values |= {"base weights": model.base_digest, "tokenizer files": tokenizer.digest}
+    values["tokenizer files"] = tokenizer.digest
+    if model.base_digest is not None:
+        values["base weights"] = model.base_digest
     values = {name: v for name, v in values.items() if name not in unused and name not in PATHS}
     return json.loads(json.dumps(values))
 
@@ -650,9 +651,10 @@ def build(options, tokenizer, model_config=None, device="cpu", dtype=None, init=
     adapters, compute = cls.adapters(tokenizer, options), DTYPES[dtype or options.dtype]
     kept = compute if options.lora_rank else torch.float32  # weights that are trained stay in fp32
     if model_config is not None:
-        model = Transformer(model_config, adapters, kept, device, compute, init)
+        model = Transformer(model_config, adapters, kept, device, init)
     else:
-        model = Transformer.from_pretrained(options.model, adapters, kept, device, compute)
+        model = Transformer.from_pretrained(options.model, adapters, kept, device)
+    model.compute_dtype = compute
     if tokenizer.size > model.config.vocab_size:
         size = model.config.vocab_size
         raise ValueError(f"the tokenizer has {tokenizer.size} ids, the model {size} embeddings")

@@ -926,7 +926,7 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message} (--help lists the options)")
 
 
-def parse_options(cls, argv, doc, defaults=()):
+def parse_options(cls, argv, doc="", defaults=()):
     """An instance of a dataclass of `option`s, from the command line. ValueError."""
     parser = Parser(description=doc, formatter_class=AS_WRITTEN, allow_abbrev=False)
     for field in dataclasses.fields(cls):

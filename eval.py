@@ -14,6 +14,7 @@
 """
 
 import copy
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -55,9 +56,7 @@ class Options:
     examples: str = option("", "new file: a line of JSON for each problem and pathway")
     json: str = option("", "new file: the figures as JSON")
     ask: str | None = option(None, "answer a question through all pathways")
-    lens: str | None = option(
-        None, "the likeliest tokens of each layer, for a question or the data"
-    )
+    lens: str | None = option(None, "each layer's likeliest tokens, for a question or the data")
     top_k: int = option(3, "likeliest tokens of each state (--lens)", low=1)
     plot: str = option("", "new file: an image of losses, or of --lens (needs matplotlib)")
     export: str = option("", "new directory for a plain Hugging Face checkpoint")
@@ -203,14 +202,10 @@ def evaluate_run(method, sets, options):
             figures, records = measure(method, pathway, problems, *how)
             rows.append({"data": name} | figures)
             all_records += [{"data": name, "pathway": pathway} | record for record in records]
+    cot = {row["data"]: row.get("ms") for row in rows if row["pathway"] == "cot"}
     for row in rows:
-        cot = [
-            r["ms"]
-            for r in rows
-            if r["data"] == row["data"] and r["pathway"] == "cot" and "ms" in r
-        ]
-        if cot:
-            row["speedup"] = cot[0] / row["ms"]
+        if cot.get(row["data"]):
+            row["speedup"] = cot[row["data"]] / row["ms"]
     print(table(rows))
     return rows, all_records
 
@@ -354,6 +349,7 @@ def lens_table(columns, distances, width):
 
 
 WORDS = re.compile(r"\d*\.?\d+|[^\W\d_]+")  # numbers and words: a step's last one is its result
+CONTROLS = 10  # other problems
 
 
 def results_of(problem):
@@ -364,62 +360,55 @@ def results_of(problem):
     return {words[-1] for words in found if words} - known, known
 
 
-def lens_hit_rate(method, problems, k, rotations=10):
+def lens_hit_rate(method, problems, k):
     """How often an intermediate result of the gold CoT is among the k likeliest tokens of a state:
     a row a layer, and one of any layer. ValueError where no problem has such a result.
 
     Of the places "<st>" (any of them), "z_N" and "CoT's z_N" (behind the gold steps) a row has the
-    share of results, and of a control: results of `rotations` other problems that are not this
+    share of results, and of a control: results of the next CONTROLS problems that are not this
     one's. A result counts by the text of its first token, where no word of question and answer
-    begins with it. top: mean probability of the likeliest token at the first place; distance: of
-    the two z_N, as in equation (4).
+    begins with it. distance: of the two z_N, as in equation (4).
     """
     tokenizer, model, cot = method.tokenizer, method.model, method.pathways.get("cot")
     text = functools.cache(lambda i: tokenizer.decode([i]).strip())
     encode = functools.partial(tokenizer.encode, bos=False, eos=False, continued=True)
-    first = functools.cache(lambda word: text(encode(word)[0]))
-    results, known = zip(*map(results_of, problems), strict=True)
-    L, order = model.config.num_hidden_layers, np.random.default_rng(0).permutation(len(problems))
-    hits, top, students, teachers = {}, [], [], []  # hits[place]: [gold or control, layer or any]
-    looked_for = np.zeros((2, 1))
-    for turn, i in enumerate(order):
-        _, states, n_silent = silent_states(method, problems[i].question)
+
+    def first_tokens(words):
+        return {text(encode(word)[0]) for word in words}
+
+    results, known = zip(*(map(first_tokens, results_of(problem)) for problem in problems))
+    n, layers = len(problems), [*range(1, model.config.num_hidden_layers + 1), "any"]
+    looked_for, hits = np.zeros(2), {}  # of results and control; hits[place]: [2, L + 1]
+    students, teachers = [], []  # states at z_N, each [L, 1, n]
+    for i, problem in enumerate(problems):
+        _, states, n_silent = silent_states(method, problem.question)
         places = {"<st>": states[:, :n_silent]} if n_silent else {}
         places["z_N"] = states[:, -1:]
         if cot:
-            example = cot.example(problems[i], tokenizer)
+            example = cot.example(problem, tokenizer)
             ids, z_n = example.ids.tolist(), example.y_start - 1
             places["CoT's z_N"] = states_at(model, ids, False, [z_n])
             students.append(places["z_N"])
             teachers.append(places["CoT's z_N"])
-        others = np.roll(order, -turn)[1:][-rotations:]
-        control = [result for j in others for result in sorted(results[j] - results[i])]
-        begins = set(map(first, known[i]))
-        wanted = [
-            [first(r) for r in some if first(r) not in begins] for some in (results[i], control)
-        ]
-        looked_for += [[len(some)] for some in wanted]
+        gold, others = results[i] - known[i], range(i + 1, i + min(CONTROLS + 1, n))
+        control = [word for j in others for word in results[j % n] - known[i] - gold]
+        looked_for += len(gold), len(control)
         for place, states in places.items():
-            shares, ids = logit_lens(model, states, k)
-            likely = [set(map(text, layer)) for layer in ids.flatten(1).tolist()]
-            found = [[[word in layer for layer in likely] for word in some] for some in wanted]
-            found = [[[*layers, any(layers)] for layers in some] for some in found]
-            counts = [np.sum(some, axis=0) if some else np.zeros(L + 1) for some in found]
-            hits[place] = hits.get(place, 0) + np.array(counts)
-            if place == next(iter(places)):
-                top.append(shares[..., 0].mean(dim=1))  # [L]
+            ids = logit_lens(model, states, k)[1].flatten(1).tolist()  # [L][P * k]
+            likely = [set(map(text, layer)) for layer in ids]
+            likely.append(set().union(*likely))
+            found = [
+                [sum(w in layer for w in words) for layer in likely] for words in (gold, control)
+            ]
+            hits[place] = hits.get(place, 0) + np.array(found)
     if not looked_for.all():
         raise ValueError("--lens: the problems have no intermediate results; give it a question")
-    rates = {place: list(zip(*(counts / looked_for).tolist())) for place, counts in hits.items()}
-    rows, n = [], int(looked_for[0, 0])
-    for i in range(L + 1):
-        row = {"layer": i + 1 if i < L else "any", "n": n}
-        rows.append(row | {place: rate[i] for place, rate in rates.items()})
-    for i in range(L):
-        rows[i]["top"] = (sum(top) / len(top))[i].item()
-        if cot:
-            t, s = (torch.cat(some, dim=1)[i : i + 1] for some in (teachers, students))
-            rows[i]["distance"] = dart.distill_loss(t, s).item()
+    rows = [{"layer": layer, "n": int(looked_for[0])} for layer in layers]
+    for i, row in enumerate(rows):
+        row |= {place: (found[:, i] / looked_for).tolist() for place, found in hits.items()}
+        if cot and row["layer"] != "any":
+            t, s = (torch.cat(states, dim=1)[i : i + 1] for states in (teachers, students))
+            row["distance"] = dart.distill_loss(t, s).item()
     return rows
 
 
@@ -433,7 +422,6 @@ LENS_COLUMNS = {
     "<st>": ("<st>", both),
     "z_N": ("z_N", both),
     "CoT's z_N": ("CoT's z_N", both),
-    "top": ("top %", percent),
     "distance": ("distance", "{:.3f}".format),
 }
 
@@ -626,54 +614,57 @@ def export(method, directory, name):
 # -------------------------------------------------------------------------------------- program
 
 
-def check_together(options):
-    """ValueError unless the options go together and there is a place for each new file."""
-    asks, about_one = options.ask is not None, bool(options.ask is not None or options.lens)
-    lenses, losses = options.lens is not None, options.plot and options.lens is None
-    modes = {"--ask": asks, "--lens": lenses, "--export": options.export, "--plot": losses}
-    modes = [name for name, on in modes.items() if on]
-    if not options.ckpt or (len(options.ckpt) > 1 and modes != ["--plot"]):
+READS = {  # what is asked for -> the options that it reads, beside those of every call
+    "": "data data_dir split limit pathway latency batch_size max_new_tokens compile examples json",
+    "ask": "ask max_new_tokens compile json",
+    "lens": "lens top_k max_new_tokens json plot",
+    "lens without a question": "lens top_k max_new_tokens json data data_dir split limit",
+    "plot": "plot",
+    "export": "export pathway",
+}
+
+
+def asked_for(options):
+    """The key of READS. ValueError unless the options go together and each new file has a place."""
+    given = {f.name for f in dataclasses.fields(Options) if getattr(options, f.name) != f.default}
+    mode = next((name for name in ("ask", "lens", "export", "plot") if name in given), "")
+    mode = "lens without a question" if options.lens == "" else mode
+    allowed = {*READS[mode].split(), "ckpt", "best", "model", "dtype", "device"}
+    if odd := given - allowed:
+        raise ValueError(f"--{min(odd)} does not go with {f'--{mode}' if mode else 'accuracies'}")
+    if not options.ckpt or (len(options.ckpt) > 1 and mode != "plot"):
         raise ValueError("--ckpt DIR: one directory of a run, or several for --plot alone")
-    if len(modes) > 1 or (options.plot and options.lens == ""):
-        raise ValueError(f"{' and '.join(modes)} do not go together; --plot goes with a question")
-    unused = {
-        "--examples": options.examples and modes,
-        "--json": options.json and (losses or options.export),
-    }
-    unused["--pathway"] = options.pathway and modes not in ([], ["--export"])
-    unused["--data"] = (options.data or options.limit) and (about_one or losses or options.export)
-    if odd := [name for name, is_unused in unused.items() if is_unused]:
-        raise ValueError(f"{odd[0]} does not go with {modes[0]}")
     files = [options.json, options.examples, options.plot, options.export]
     files = [Path(file).resolve() for file in files if file]
     for file in files:
         if file.exists() or not file.parent.is_dir() or files.count(file) > 1:
             raise ValueError(f"{file}: exists already, has no directory, or is named twice")
+    return mode
 
 
 def main(argv=None):
     options = parse_options(Options, argv, __doc__)
-    check_together(options)
-    if options.plot and options.lens is None:
+    mode = asked_for(options)
+    if mode == "plot":
         return save_figure(options.plot, draw_losses, options.ckpt)
     device = pick_device(options.device)
     method, run = dart.load_run(options.ckpt[0], options.model, device, options.dtype, options.best)
     if unknown := [name for name in options.pathway if name not in method.pathways]:
         raise ValueError(f"--pathway {unknown[0]}: there are {', '.join(method.pathways)}")
-    if options.export:
+    if mode == "export":
         return export(method, options.export, (*options.pathway, method.inference_pathway)[0])
-    names = () if options.ask is not None or options.lens else options.data or (run.data,)
+    names = options.data or (run.data,) if "data" in READS[mode].split() else ()
     where = options.data_dir or run.data_dir
     sets = {name: load(name, options.split, run.seed, where) for name in names}
     sets = {name: problems[: options.limit or None] for name, problems in sets.items()}
     for problems in sets.values():
         check_room(method, 0, problems, options.max_new_tokens or run.max_new_tokens)
     records, refused = [], 0
-    if options.ask is not None:
+    if mode == "ask":
         lines = (line.decode(errors="surrogateescape") for line in sys.stdin.buffer)
         questions = [options.ask] if options.ask else (line for line in lines if line.strip())
         figures, refused = ask(method, questions, options)
-    elif options.lens is not None:
+    elif mode:
         figures = run_lens(method, sets, options)
     else:
         figures, records = evaluate_run(method, sets, options)

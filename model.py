@@ -27,12 +27,8 @@ from torch.utils.checkpoint import checkpoint
 
 # -------------------------------------------------------------------------------- configuration
 
-LLAMA3_ROPE = {
-    "factor": 32.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192.0,
-}
+LLAMA3_ROPE = dict(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0)
+LLAMA3_ROPE |= dict(original_max_position_embeddings=8192.0)
 
 
 @dataclass(frozen=True)
@@ -71,9 +67,8 @@ class ModelConfig:
             raise ValueError(f"{path}: not a model configuration: {error}") from None
 
     def __post_init__(self):
-        expect(
-            asdict(self), model_type=("llama", "qwen2", "gpt2"), tie_word_embeddings=(True, False)
-        )
+        kinds = ("llama", "qwen2", "gpt2")
+        expect(asdict(self), model_type=kinds, tie_word_embeddings=(True, False))
         for name, value in asdict(self).items():
             if self.__annotations__[name] is int and not (type(value) is int and 0 < value < 2**24):
                 raise ValueError(f"{name} is {value!r}, not a whole number from 1 to 2^24")
@@ -83,9 +78,7 @@ class ModelConfig:
                 raise ValueError(f"{name} is {value!r}, not a positive number")
         rope = self.rope_scaling or LLAMA3_ROPE
         if set(rope) != set(LLAMA3_ROPE) or rope["low_freq_factor"] >= rope["high_freq_factor"]:
-            raise ValueError(
-                f"rope_scaling is {rope}: not Llama 3's factors, or low is not below high"
-            )
+            raise ValueError(f"rope_scaling is {rope}: not Llama 3's, or low is not below high")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError("num_attention_heads is not a multiple of num_key_value_heads")
         if self.model_type != "gpt2" and self.head_dim % 2:
@@ -134,16 +127,10 @@ def read_llama(raw):
     )
 
 
-GPT2_FIELDS = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "n_embd",
-    "intermediate_size": "n_inner",
-    "num_hidden_layers": "n_layer",
-    "num_attention_heads": "n_head",
-    "max_position_embeddings": "n_positions",
-    "norm_eps": "layer_norm_epsilon",
-    "tie_word_embeddings": "tie_word_embeddings",
-}
+GPT2_FIELDS = dict(vocab_size="vocab_size", hidden_size="n_embd", intermediate_size="n_inner")
+GPT2_FIELDS |= dict(num_hidden_layers="n_layer", num_attention_heads="n_head")
+GPT2_FIELDS |= dict(max_position_embeddings="n_positions", norm_eps="layer_norm_epsilon")
+GPT2_FIELDS |= dict(tie_word_embeddings="tie_word_embeddings")
 
 
 def read_gpt2(raw):
@@ -164,28 +151,14 @@ def read_gpt2(raw):
     return dict(**fields, model_type="gpt2", num_key_value_heads=heads, head_dim=n // heads)
 
 
-def shape(n, mlp, layers, heads, kv_heads, head_dim):
-    return dict(
-        hidden_size=n,
-        intermediate_size=mlp,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=head_dim,
-    )
-
-
-LLAMA3 = dict(vocab_size=128256, max_position_embeddings=131072, norm_eps=1e-5, rope_theta=5e5)
-LLAMA3 |= dict(model_type="llama", rope_scaling=LLAMA3_ROPE)
-QWEN = dict(vocab_size=151936, max_position_embeddings=131072, norm_eps=1e-6, rope_theta=1e6)
-GPT2 = dict(vocab_size=50257, max_position_embeddings=1024)
-DEMO = dict(vocab_size=59, max_position_embeddings=80, tie_word_embeddings=False)
-MODELS = {  # hidden, MLP, layers, heads, of these for keys and values, head size
-    "llama-3.2-1b": ModelConfig(**LLAMA3, **shape(2048, 8192, 16, 32, 8, 64)),
-    "llama-3.2-3b": ModelConfig(**LLAMA3, **shape(3072, 8192, 28, 24, 8, 128)),
-    "qwen2.5-1.5b": ModelConfig("qwen2", **QWEN, **shape(1536, 8960, 28, 12, 2, 128)),
-    "gpt2": ModelConfig("gpt2", **GPT2, **shape(768, 3072, 12, 12, 12, 64)),
-    "demo": ModelConfig("llama", **DEMO, **shape(64, 192, 4, 4, 4, 16)),
+LLAMA3 = dict(norm_eps=1e-5, rope_theta=5e5, rope_scaling=LLAMA3_ROPE)
+QWEN = dict(norm_eps=1e-6, rope_theta=1e6)
+MODELS = {  # type, V, hidden, MLP, layers, heads, those of keys and values, head size, positions
+    "llama-3.2-1b": ModelConfig("llama", 128256, 2048, 8192, 16, 32, 8, 64, 131072, **LLAMA3),
+    "llama-3.2-3b": ModelConfig("llama", 128256, 3072, 8192, 28, 24, 8, 128, 131072, **LLAMA3),
+    "qwen2.5-1.5b": ModelConfig("qwen2", 151936, 1536, 8960, 28, 12, 2, 128, 131072, **QWEN),
+    "gpt2": ModelConfig("gpt2", 50257, 768, 3072, 12, 12, 12, 64, 1024),
+    "demo": ModelConfig("llama", 59, 64, 192, 4, 4, 4, 16, 80, tie_word_embeddings=False),
 }
 
 
@@ -353,12 +326,13 @@ class KVCache:
     behind a row's last token is overwritten before a query can see it: a query at position p sees
     the indices 0..p."""
 
-    def __init__(self, config, rows, length, dtype, device):
+    def __init__(self, model, rows, length):
+        config, kind = model.config, dict(dtype=model.compute_dtype, device=model.device)
         length = min(length, config.max_position_embeddings)  # `forward` refuses longer rows
         shape = (rows, length, config.num_key_value_heads, config.head_dim)
-        kind, L = dict(dtype=dtype, device=device), config.num_hidden_layers
-        self.k = [torch.zeros(shape, **kind) for _ in range(L)]
-        self.v = [torch.zeros(shape, **kind) for _ in range(L)]
+        self.k = [torch.zeros(shape, **kind) for _ in range(config.num_hidden_layers)]
+        self.v = [torch.zeros(shape, **kind) for _ in range(config.num_hidden_layers)]
+        self.length = 0  # of the longest row so far
 
     def update(self, layer, positions, k, v, kv_length):
         """Writes k, v [B, g, T, e] at positions [B or 1, T]; returns all of 0..kv_length-1, each
@@ -465,22 +439,14 @@ class Projector(nn.Sequential):
 class Transformer(nn.Module):
     """A decoder-only language model; see the head of this file.
 
-    dtype: of the base weights; compute_dtype: of the computation, if it is to differ (weights that
-    are trained stay in fp32). LoRA and REM are always fp32. init=False leaves the base weights for
+    dtype: of the base weights; LoRA and REM are always fp32. init=False leaves the base weights for
     the caller to fill.
     """
 
-    def __init__(
-        self,
-        config,
-        adapters=Adapters(),
-        dtype=torch.float32,
-        device="cpu",
-        compute_dtype=None,
-        init=True,
-    ):
+    def __init__(self, config, adapters=Adapters(), dtype=torch.float32, device="cpu", init=True):
         super().__init__()
-        self.config, self.adapters, self.compute_dtype = config, adapters, compute_dtype or dtype
+        self.config, self.adapters = config, adapters
+        self.compute_dtype = dtype  # may differ: weights that are trained stay in fp32
         self.merged = None  # after merge(): 'silent' or 'cot', the pathway that the weights are now
         self.activation_checkpointing = False  # keep only a layer's input for the backward pass
         self.compiled = None  # see compile_layers()
@@ -556,22 +522,12 @@ class Transformer(nn.Module):
         old = F.embedding(ids.clamp(max=V - 1), self.embed_tokens)
         return torch.where((ids >= V)[..., None], new.to(old.dtype), old)
 
-    def forward(
-        self,
-        ids,
-        silent=False,
-        positions=None,
-        cache=None,
-        capture=None,
-        first_needed=0,
-        kv_length=None,
-    ):
+    def forward(self, ids, silent=False, positions=None, cache=None, capture=None, first_needed=0):
         """ids [B, T], or embeddings [B, T, n] -> hidden states after the final norm
         [B, T - first_needed, n].
 
         silent: the ST pathway (REM on). cache: a KVCache, to be written and read.
         positions [B, T]: of the tokens in their rows, for decoding with a cache; None: 0..T-1.
-        kv_length: the largest position + 1, where it is known; else the device is waited for.
         capture: (rows [P], columns [P]) of tokens; then it returns (hidden, states [L, P, n]), the
         output of every decoder layer there, before the final norm. Nothing else of it is kept.
         first_needed: the first index that is asked for, without positions; of the tokens before,
@@ -579,16 +535,14 @@ class Transformer(nn.Module):
         ValueError for rows longer than the model's positions.
         """
         x = ids if ids.is_floating_point() else self.embed(ids)
-        T, mask, given = x.shape[1], None, positions
-        if positions is None:
-            positions, kv_length = torch.arange(T, device=x.device)[None], T
-        elif kv_length is None:
-            kv_length = int(positions.max()) + 1
-        if kv_length > self.config.max_position_embeddings:
-            most = self.config.max_position_embeddings
+        T, mask, most = x.shape[1], None, self.config.max_position_embeddings
+        kv_length = T if positions is None else cache.length + T
+        if kv_length > most:
             raise ValueError(f"a row of {kv_length} tokens, but the model has {most} positions")
         columns = torch.arange(kv_length, device=x.device)
-        if given is not None:
+        if positions is None:
+            positions = columns[None]
+        else:
             mask = columns <= positions[:, None, :, None]  # [B, 1, T, kv_length]
         rope = None
         if self.frequencies is None:
@@ -610,6 +564,8 @@ class Transformer(nn.Module):
             x = layer(x, shared, first)
             if capture is not None:
                 states.append(x[capture[0], capture[1] - first])  # [P, n]
+        if cache is not None:
+            cache.length = kv_length
         hidden = self.norm(x)
         return hidden if capture is None else (hidden, torch.stack(states))
 
@@ -667,13 +623,11 @@ class Transformer(nn.Module):
         return float(total + head)
 
     @classmethod
-    def from_pretrained(
-        cls, directory, adapters=Adapters(), dtype=torch.float32, device="cpu", compute_dtype=None
-    ):
+    def from_pretrained(cls, directory, adapters=Adapters(), dtype=torch.float32, device="cpu"):
         """The model of a Hugging Face directory: config.json, and model.safetensors or the shards
         of an index. FileNotFoundError or ValueError, naming the file and the field or tensor."""
         config = ModelConfig.from_pretrained(directory)
-        model = cls(config, adapters, dtype, device, compute_dtype, init=False)
+        model = cls(config, adapters, dtype, device, init=False)
         model.base_digest = load_checkpoint(model, directory)
         model.init_new_embeddings()
         return model
@@ -687,21 +641,10 @@ def is_adapter(name):
 
 # ----------------------------------------------------------------------- Hugging Face's weights
 
-GPT2_NAMES = {
-    "embed_tokens": "wte",
-    "embed_positions": "wpe",
-    "layers": "h",
-    "input_layernorm": "ln_1",
-    "self_attn": "attn",
-    "q_proj": "c_attn",
-    "k_proj": "c_attn",
-    "v_proj": "c_attn",
-    "o_proj": "c_proj",
-    "post_attention_layernorm": "ln_2",
-    "up_proj": "c_fc",
-    "down_proj": "c_proj",
-    "norm": "ln_f",
-}
+GPT2_NAMES = dict(embed_tokens="wte", embed_positions="wpe", layers="h", norm="ln_f")
+GPT2_NAMES |= dict(input_layernorm="ln_1", self_attn="attn", post_attention_layernorm="ln_2")
+GPT2_NAMES |= dict.fromkeys(("q_proj", "k_proj", "v_proj"), "c_attn")
+GPT2_NAMES |= dict(o_proj="c_proj", up_proj="c_fc", down_proj="c_proj")
 IGNORED = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # causal masks, rope
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 

@@ -56,7 +56,7 @@ class Options(dart.Options):
     """The defaults are those of Llama-3.2-1B: the paper's, and CODI's where it is silent."""
 
     # the command
-    preset: str = option("demo", "recipe; an option that is given replaces the recipe's")
+    preset: str = option("demo", "recipe; what is given replaces its options", lambda: MODELS)
     out: str = option("", "directory of the run; by default out/PRESET")
     resume: bool = option(False, "continue the run in --out, or begin it")
     overwrite: bool = option(False, "replace the run in --out")
@@ -91,52 +91,51 @@ class Options(dart.Options):
 FREE = ("out", "resume", "overwrite", "compare", "suite", "seeds", "jobs", "test_data", "device")
 FREE += ("preset", "micro_batch_size", "activation_checkpointing", "compile", "save_every")
 
+# Recipes are words of a command line; behind the preset's come those of "PRESET METHOD".
 # The built-in task trains all weights of a tiny model: there is nothing pretrained to freeze.
-DEMO = dict(model="demo", tokenizer="demo", data="demo", random_init=True, dtype="fp32", jobs=0)
-DEMO |= dict(compare=("no-cot", "pause"), steps=1500, batch_size=64, lr=3e-3, weight_decay=1.0)
-DEMO |= dict(beta2=0.98, grad_clip=1.0, lora_rank=0, rem_rank=32, n_st=4, n_latents=4, max_stage=2)
-DEMO |= dict(epochs_per_stage=12.0, removal_per_epoch=0.3, remove_all_beyond=14, log_every=50)
-DEMO |= dict(distill_weight=5.0, eval_every=500, max_new_tokens=24)
 PRESETS = {
-    "llama-3.2-1b": dict(epochs=10, lr=8e-4, epochs_per_stage=2.0),  # Coconut's fit into 10 epochs
-    "llama-3.2-3b": dict(epochs=10, lr=5e-4, epochs_per_stage=2.0),
-    "qwen2.5-1.5b": dict(epochs=10, lr=5e-4, epochs_per_stage=2.0),
-    "gpt2": dict(epochs=40, lr=2e-3),
-    "demo": DEMO,
+    "llama-3.2-1b": "--epochs 10 --lr 8e-4 --epochs_per_stage 2",  # Coconut's fit into 10 epochs
+    "llama-3.2-3b": "--epochs 10 --lr 5e-4 --epochs_per_stage 2",
+    "qwen2.5-1.5b": "--epochs 10 --lr 5e-4 --epochs_per_stage 2",
+    "gpt2": "--epochs 40 --lr 2e-3",
+    "gpt2 codi": "--lr 3e-3 --distill_weight 1",
+    "demo": """--model demo --tokenizer demo --data demo --random_init --dtype fp32 --jobs 0
+        --compare no-cot pause --steps 1500 --batch_size 64 --lr 3e-3 --weight_decay 1 --beta2 0.98
+        --grad_clip 1 --lora_rank 0 --rem_rank 32 --n_st 4 --n_latents 4 --max_stage 2
+        --epochs_per_stage 12 --removal_per_epoch 0.3 --remove_all_beyond 14 --distill_weight 5
+        --log_every 50 --eval_every 500 --max_new_tokens 24""",
+    "demo codi": "--distill_weight 20",
+    "demo coconut": "--lr 1e-3",
+    "demo icot": "--lr 2e-3",
 }
-METHOD_PRESETS = {  # what a method has of its own in a recipe
-    ("gpt2", "codi"): dict(lr=3e-3, distill_weight=1.0),
-    ("demo", "codi"): dict(distill_weight=20.0),
-    ("demo", "coconut"): dict(lr=1e-3),
-    ("demo", "icot"): dict(lr=2e-3),
-}
-COT, NO_COT, DART = dict(method="cot"), dict(method="no-cot"), dict(method="dart")
-TABLE1 = {
-    "CoT": COT,
-    "Coconut": dict(method="coconut"),
-    "CODI": dict(method="codi"),
-    "No-CoT": NO_COT,
-    "iCoT": dict(method="icot"),
-    "PauseFT": dict(method="pause"),
-    "DART": DART,
-}
-TABLE3 = {
-    "No-CoT": NO_COT,
-    "DART": DART,
-    "w/o ST": dict(n_st=0),
-    "w/o REM": dict(rem_rank=0),
-    "w/ LoRA-REM": dict(rem_is_lora=True),
-    "w/o L_distill": dict(distill_weight=0.0),
-    "w/ L_distill on y_1": dict(distill_at="y_1"),
-    "w/ L_distill on [z_N; Y]": dict(distill_at="z_N+Y"),
-}
-SUITES = {  # table of the paper -> row -> the options that make it
-    "table1": TABLE1,
-    "table3": TABLE3,
-    "table4": {"CoT": COT, "No-CoT": NO_COT, "DART": DART},
-    "table5": {"No-CoT": NO_COT, "DART": DART},
-    "figure2": {f"C = {n}": dict(n_st=n) for n in (0, 2, 4, 8, 12, 16, 20, 24, 32, 40)},
-}
+# The rows of the paper's tables, and the options that make them.
+ROWS = """
+table1 | CoT                       | --method cot
+table1 | Coconut                   | --method coconut
+table1 | CODI                      | --method codi
+table1 | No-CoT                    | --method no-cot
+table1 | iCoT                      | --method icot
+table1 | PauseFT                   | --method pause
+table1 | DART                      | --method dart
+table3 | No-CoT                    | --method no-cot
+table3 | DART                      | --method dart
+table3 | w/o ST                    | --n_st 0
+table3 | w/o REM                   | --rem_rank 0
+table3 | w/ LoRA-REM               | --rem_is_lora
+table3 | w/o L_distill             | --distill_weight 0
+table3 | w/ L_distill on y_1       | --distill_at y_1
+table3 | w/ L_distill on [z_N; Y]  | --distill_at z_N+Y
+table4 | CoT                       | --method cot
+table4 | No-CoT                    | --method no-cot
+table4 | DART                      | --method dart
+table5 | No-CoT                    | --method no-cot
+table5 | DART                      | --method dart
+"""
+SUITES = {}  # table -> {row: words of a command line}
+for line in ROWS.strip().splitlines():
+    suite, row, words = map(str.strip, line.split("|"))
+    SUITES.setdefault(suite, {})[row] = words
+SUITES["figure2"] = {f"C = {n}": f"--n_st {n}" for n in (0, 2, 4, 8, 12, 16, 20, 24, 32, 40)}
 # The paper's accuracies in %, and behind a slash ms on an A10, in the order of a table's rows.
 PAPER = """
 table1 llama-3.2-1b gsm8k-aug  58.8/425 50.6/390 55.6/143 32.5/36 19.0/36 32.1/37 42.6/37
@@ -158,10 +157,9 @@ def read_options(argv):
     first.add_argument("--preset", default="demo")
     first.add_argument("--method", default="dart")
     known, _ = first.parse_known_args(argv)
-    if known.preset not in PRESETS:
-        raise ValueError(f"--preset {known.preset}: there are {', '.join(PRESETS)}")
-    recipe = {"preset": known.preset, "out": f"out/{known.preset}"} | PRESETS[known.preset]
-    recipe |= METHOD_PRESETS.get((known.preset, known.method), {})
+    words = PRESETS.get(known.preset, "") + " " + PRESETS.get(f"{known.preset} {known.method}", "")
+    recipe = dataclasses.asdict(data.parse_options(Options, words.split()))
+    recipe |= {"preset": known.preset, "out": f"out/{known.preset}"}
     given = {word.partition("=")[0] for word in argv}
     if "--epochs" in given:
         recipe["steps"] = 0
@@ -654,51 +652,39 @@ TRAIN_SAMPLE = 500  # training problems that are answered for a table
 COMPARED = ("row", "pathway", "exact", "exact_interval", "n", "train", "passes", "ms")
 
 
-def flags(**options):
-    """Options as words of a command line."""
-    words = []
-    for name, value in options.items():
-        if isinstance(value, bool):
-            words.append(f"--{name}" if value else f"--no-{name}")
-        else:
-            words += [f"--{name}", *value] if isinstance(value, tuple) else [f"--{name}={value}"]
-    return words
-
-
 def plan(options, argv):
     """{row: the command lines of its runs, one a seed}: of a suite, of a comparison, or of one."""
-    out, rows, alone = Path(options.out), {}, flags(compare=())
+    out, rows = Path(options.out), {}
     if not options.suite:
         for method in options.compare:
-            rows[method] = [[*argv, *alone, *flags(method=method, out=out / method)]]
+            rows[method] = [[*argv, "--compare", f"--method={method}", f"--out={out / method}"]]
         rows.pop(options.method, None)
-        return rows | {options.method: [[*argv, *alone]]}
+        return rows | {options.method: [[*argv, "--compare"]]}
     if (out / "config.json").exists():
         raise ValueError(f"--out {out}: holds a run; a suite is in a directory of its own")
-    for row, changes in SUITES[options.suite].items():
+    for row, words in SUITES[options.suite].items():
         folder = out / re.sub(r"\W+", "-", row).strip("-")
-        common = [*argv, *flags(compare=(), suite="", resume=True, **changes)]
+        common = [*argv, "--compare", "--suite=", "--resume", *words.split()]
         seeds = range(options.seed, options.seed + options.seeds)
-        rows[row] = [[*common, *flags(seed=seed, out=folder / str(seed))] for seed in seeds]
+        rows[row] = [[*common, f"--seed={seed}", f"--out={folder / str(seed)}"] for seed in seeds]
     return rows
 
 
-def check_run(options):
-    """ValueError for what a user can mend, before anything is written or trained."""
-    saved, run = check_directory(options), prepare(options, "meta")
+def checked_run(options, device):
+    """`prepare`, where the directory holds nothing, or this run and it is to be resumed, or one
+    that is to be replaced. ValueError or OSError."""
+    saved, run = check_directory(options), prepare(options, device)
     if saved is not None and options.resume:
-        ours = {name: v for name, v in run.fingerprint.items() if name != "base weights"}
-        dart.check_same_run(run.out / "config.json", saved["run"], ours)
+        dart.check_same_run(run.out / "config.json", saved["run"], run.fingerprint)
+    return run
 
 
 def train_one(options, device):
     """Trains a run to its end, or sees that it is there."""
     if options.resume and (Path(options.out) / "result.json").is_file():
-        return check_run(options)
-    saved, run = check_directory(options), prepare(options, device)
+        return checked_run(options, "meta")
+    run = checked_run(options, device)
     if options.resume:
-        if saved is not None:
-            dart.check_same_run(run.out / "config.json", saved["run"], run.fingerprint)
         load_checkpoint(run)
     if run.world > 1:
         seen = [None] * run.world
@@ -788,7 +774,7 @@ def run_command(options, argv, held):
     rows = {row: [read_options(words) for words in some] for row, some in commands.items()}
     runs = [one for some in rows.values() for one in some]
     for one in runs if len(runs) > 1 else ():
-        check_run(one)
+        checked_run(one, "meta")
     for name in options.test_data:
         data.load(name, "test", options.seed, options.data_dir)
     check_directory(runs[-1])

@@ -239,7 +239,7 @@ def test_models_have_the_states_and_logits_of_hugging_face(name):
     for ours, expected in zip(states[:-1], outputs.hidden_states[1:-1], strict=True):
         assert error(ours.view_as(expected), expected) <= 1e-5
     assert error(hidden, outputs.hidden_states[-1]) <= 1e-5
-    cache = KVCache(model.config, 2, 400, torch.float32, "cpu")
+    cache = KVCache(model, 2, 400)
     model(ids[:, :399], cache=cache)
     last = model(ids[:, 399:], positions=torch.tensor([[399], [399]]), cache=cache)
     assert error(model.logits(last)[:, 0], outputs.logits[:, -1]) <= 1e-5

@@ -228,7 +228,8 @@ def test_lens_sets_the_silent_z_n_beside_that_of_written_steps():
         assert list(columns)[-1].endswith(" :") and "CoT's :" not in columns and not distances
 
 
-def test_lens_hit_rate_against_loops():
+def test_lens_hit_rate_against_loops(monkeypatch):
+    monkeypatch.setattr(evaluation, "CONTROLS", 3)
     method, problems, k = tiny(), data.load("demo", "valid")[:11], 5
     problems.append(Problem("sam has 7 pens ?", ["<<9+8=17>>", "<<17%9=11>>"], "4"))
     n, states = len(problems), []  # of each problem: {place: [L, P, n]}
@@ -240,9 +241,9 @@ def test_lens_hit_rate_against_loops():
     known = [{*problem.question.split(), problem.answer} for problem in problems]
     first = [problem.steps[0][2:-2].split("=")[1] for problem in problems]
     gold = [(i, first[i]) for i in range(n) if first[i] not in known[i]]
-    order, control = np.random.default_rng(0).permutation(n).tolist(), []
-    for shift, place in np.ndindex(3, n):
-        i, j = order[place], order[place - shift - 1]
+    control = []
+    for i, shift in np.ndindex(n, 3):
+        j = (i + shift + 1) % n
         if (j, first[j]) in gold and first[j] not in known[i] and (i, first[j]) not in gold:
             control.append((i, first[j]))
     assert 6 < len(gold) < 12 and len(control) > 12
@@ -251,7 +252,7 @@ def test_lens_hit_rate_against_loops():
         likely = [evaluation.logit_lens(method.model, s[place][layers], k)[1] for s in states]
         return statistics.mean(word_ids(word)[0] in likely[i] for i, word in pairs)
 
-    rows = evaluation.lens_hit_rate(method, problems, k, rotations=3)
+    rows = evaluation.lens_hit_rate(method, problems, k)
     assert [(row["layer"], row["n"]) for row in rows] == [(x, len(gold)) for x in (1, 2, "any")]
     for layers, row in zip(([0], [1], [0, 1]), rows):
         for place in ("<st>", "z_N", "CoT's z_N"):
@@ -259,9 +260,6 @@ def test_lens_hit_rate_against_loops():
         if row["layer"] != "any":
             t, s = (torch.cat([x[at][layers] for x in states]) for at in ("CoT's z_N", "z_N"))
             assert row["distance"] == slow_distance(t, s)
-            silent = torch.stack([x["<st>"][layers] for x in states])
-            top = evaluation.logit_lens(method.model, silent, 1)[0].mean().item()
-            assert row["top"] == approx(top, rel=1e-4)
     assert any(sum(row["<st>"]) for row in rows)
 
 
@@ -326,11 +324,11 @@ def test_plots_draw_the_figures(a_run, tmp_path):
 REFUSED = """
 --plot new.png                           --ckpt DIR
 --ckpt RUN RUN --plot new.png --lens x   --ckpt DIR
---ckpt RUN --ask x --lens x              --ask and --lens do not go together
---ckpt RUN --lens --plot new.png         do not go together
+--ckpt RUN --ask x --lens x              --lens does not go with --ask
+--ckpt RUN --lens --plot new.png         --plot does not go with --lens without a question
 --ckpt RUN --lens x --examples new       --examples does not go with --lens
 --ckpt RUN --ask x --pathway st          --pathway does not go with --ask
---ckpt RUN --export new --limit 1        --data does not go with --export
+--ckpt RUN --export new --limit 1        --limit does not go with --export
 --ckpt RUN --plot new.png --json new     --json does not go with --plot
 --ckpt RUN --json new --examples ./new   new: exists already
 --ckpt RUN --json there                  there: exists already
@@ -463,7 +461,7 @@ def test_export_that_fails_leaves_nothing_behind(tmp_path):
     (tmp_path / "vocab.json").write_text(json.dumps(raw["vocab"] | {"<|endoftext|>": 420}))
     (tmp_path / "merges.txt").write_text("\n".join(map(" ".join, raw["merges"])))
     before = sorted(tmp_path.parent.iterdir()), sorted(tmp_path.iterdir())
-    with pytest.raises(ValueError, match="needs the base model's tokenizer.json beside"):
+    with pytest.raises(ValueError, match="needs tokenizer.json beside the base"):
         exported(tiny(tokenizer=Tokenizer.from_pretrained(tmp_path)), tmp_path / "hf", "st")
     with pytest.raises(OSError):  # there is something
         exported(tiny(), tmp_path, "st")

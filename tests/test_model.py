@@ -66,7 +66,8 @@ def test_logits_and_states_are_those_of_transformers(name):
 @pytest.mark.parametrize("kind", ["dtype", "compute_dtype"])
 def test_bf16_agrees_with_fp32_within_its_rounding(family, kind):
     want = logits_of(adapted(family), silent=True)
-    model = adapted(family, **{kind: torch.bfloat16})
+    model = adapted(family, dtype=torch.bfloat16 if kind == "dtype" else torch.float32)
+    model.compute_dtype = torch.bfloat16
     for _ in range(2):  # and merged
         error = logits_of(model, silent=True).float() - want
         assert 1e-4 < error.square().mean().sqrt() / want.square().mean().sqrt() < 0.03
@@ -301,12 +302,12 @@ def test_cache_decodes_rows_of_any_lengths_as_a_pass_without_it(family, silent):
     """Rows padded on the right; each goes on at its own position, over what the padding left."""
     model, lengths, ids = adapted(family), torch.tensor([5, 17, 11]), IDS.view(4, 20)[:3]
     ids = torch.cat((ids, ids), dim=1)[:, :23]
-    want, cache = model(ids, silent), KVCache(model.config, 3, 23, torch.float32, "cpu")
+    want, cache = model(ids, silent), KVCache(model, 3, 23)
     prompts = ids[:, :17].where(torch.arange(17) < lengths[:, None], 0)
     found = [model(prompts, silent, cache=cache)[range(3), lengths - 1]]
     for step in range(6):
         at = (lengths + step)[:, None]
-        found.append(model(ids.gather(1, at), silent, at, cache, kv_length=18 + step)[:, 0])
+        found.append(model(ids.gather(1, at), silent, at, cache)[:, 0])
     for row, length in enumerate(lengths):
         assert relative(torch.stack(found)[:, row], want[row, length - 1 : length + 6]) <= 1e-5
 
@@ -321,7 +322,7 @@ def test_gradients_flow_through_the_cache(family, silent):
         grads = torch.autograd.grad(hidden.square().mean(), model.parameters(), allow_unused=True)
         return torch.cat([grad.flatten() for grad in grads if grad is not None])
 
-    want, cache = gradients(model(IDS, silent)), KVCache(model.config, 2, 40, torch.float32, "cpu")
+    want, cache = gradients(model(IDS, silent)), KVCache(model, 2, 40)
     parts = [model(IDS[:, :10], silent, cache=cache)]
     for start, end in ((10, 11), (11, 40)):
         parts.append(model(IDS[:, start:end], silent, torch.arange(start, end)[None], cache))
@@ -330,7 +331,7 @@ def test_gradients_flow_through_the_cache(family, silent):
 
 def test_a_row_longer_than_the_models_positions_is_refused():
     model = Transformer(replace(MODELS["demo"], max_position_embeddings=8))
-    cache = KVCache(model.config, 1, 10**9, torch.float32, "cpu")  # takes only what it can use
+    cache = KVCache(model, 1, 10**9)  # takes only what it can use
     model(IDS[:1, :8] % 59, cache=cache)
     for ids, positions in ((IDS[:, :9], None), (IDS[:1, :1], torch.tensor([[8]]))):
         with pytest.raises(ValueError, match="9 tokens, but the model has 8 positions"):
@@ -364,7 +365,7 @@ def test_first_needed_changes_no_number(family, silent):
     model = adapted(family, EVERY)
     want = outputs_and_gradients(model, silent)
     assert_same(outputs_and_gradients(model, silent, first_needed=10), want)
-    cache = KVCache(model.config, 2, 40, torch.float32, "cpu")
+    cache = KVCache(model, 2, 40)
     model(IDS[:, :39], silent, cache=cache, first_needed=30)
     found = model(IDS[:, 39:], silent, torch.tensor([[39], [39]]), cache)
     assert relative(found, model(IDS, silent)[:, 39:]) <= 1e-5

@@ -126,13 +126,15 @@ def test_commands_have_options_that_exist(text, tmp_path, monkeypatch):
         if program[1] == "train":
             train.read_options(words)
         else:
-            evaluation.check_together(data.parse_options(evaluation.Options, words, ""))
+            evaluation.asked_for(data.parse_options(evaluation.Options, words))
 
 
 def test_commands_run(tmp_path, monkeypatch, capsys):
     """The main job for a few steps, and all commands that look at its run."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "PRESETS", train.PRESETS | {"demo": train.DEMO | {"compare": ()}})
+    monkeypatch.setattr(
+        train, "PRESETS", train.PRESETS | {"demo": f"{train.PRESETS['demo']} --compare"}
+    )
     train.main(["--steps", "3", "--eval_size", "5"])
     commands = re.findall(r"^python eval\.py (--ckpt out/demo .*)$", README, re.MULTILINE)
     assert len(commands) >= 4
