@@ -602,14 +602,11 @@ def tensors_digest(tensors):
 
 def save_weights(path, tensors, **about):
     """A safetensors file with facts and a digest in its header, there as a whole or not at all.
-    OSError where it cannot be written."""
+    OSError or SafetensorError where it cannot be written."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     about["digest"] = tensors_digest(tensors)
     with replacing(path) as temporary:
-        try:
-            save_file(tensors, temporary, {"about": json.dumps(about)})
-        except SafetensorError as error:
-            raise OSError(f"{path}: {error}") from None
+        save_file(tensors, temporary, {"about": json.dumps(about)})
 
 
 def load_weights(path):

@@ -18,6 +18,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import unicodedata
 import urllib.request
@@ -31,6 +32,7 @@ import numpy as np
 import sentencepiece
 import tiktoken
 import torch
+from safetensors import SafetensorError
 
 # ------------------------------------------------------------------------------------- problems
 
@@ -100,7 +102,7 @@ def make_problem(question, steps, answer):
     return problem
 
 
-STEP = re.compile(r"<<.+?>>")
+STEP = re.compile(r"<<(?!\s*>>).+?>>")
 
 
 def read_gsm8k_aug(path, text):
@@ -124,10 +126,7 @@ def read_records(path, text):
     """The text of a JSON list, or of a JSON object a line -> list[Problem] (see `from_record`)."""
     problems, is_list = [], text.startswith("[")
     for line, part in [(0, text)] if is_list else enumerate(text.split("\n"), 1):
-        try:
-            value = json.loads(part)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}:{line or 1}: not JSON ({error})") from None
+        value = parse_json(part, f"{path}:{line or 1}")
         for number, record in enumerate(value if is_list else [value], 1):
             where = f"{path}: record {number}" if is_list else f"{path}:{line}"
             try:
@@ -519,7 +518,7 @@ class Words(Tokenizer):
     blank_at_sign = r"(?!(?<=>>) <<)(?: (?=[-+%=:<>])|(?<=[-+%=:<>]) )"
 
     def __init__(self, files):
-        self.list = parse_json(files, "words.json")
+        self.list = json_of(files, "words.json")
         if not isinstance(self.list, list) or not all(isinstance(w, str) for w in self.list):
             raise ValueError("words.json is not a list of texts")
         self.ids = {word: i for i, word in enumerate(self.list)}
@@ -599,7 +598,7 @@ class SentencePiece(Tokenizer):
         model, size = self.model, self.model.vocab_size()
         special = [i for i in range(size) if model.is_control(i) or model.is_unknown(i)]
         known = [added_token(i, model.id_to_piece(i)) for i in special]
-        tokens, raw = added_tokens(files, known), parse_json(files, "tokenizer.json")
+        tokens, raw = added_tokens(files, known), json_of(files, "tokenizer.json")
         added = {token["content"]: token["id"] for token in tokens}
         words = [token["content"] for token in tokens if not token["special"]]
         names = {i: name for name, i in added.items()}
@@ -619,11 +618,8 @@ class SentencePiece(Tokenizer):
         return (self.continued_model if continued else self.model).decode(ids)
 
 
-def parse_json(files, name):
-    try:
-        return json.loads(files.get(name, b"{}"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name} is not JSON ({error})") from None
+def json_of(files, name):
+    return parse_json(files.get(name, b"{}"), name)
 
 
 def added_token(i, name, special=True):
@@ -636,13 +632,13 @@ def added_tokens(files, known=()):
     """The tokens beside the vocabulary, in the order of their ids, as all files together say:
     tokenizer.json, tokenizer_config.json, added_tokens.json, and those that are `known` without.
     ValueError where they contradict each other, or one is not read as it would be elsewhere."""
-    config, tokens = parse_json(files, "tokenizer_config.json"), {}
+    config, tokens = json_of(files, "tokenizer_config.json"), {}
     names = [config.get(f"{name}_token") for name in ("bos", "eos", "pad", "unk")]
     special = {name["content"] if isinstance(name, dict) else name for name in names}
-    found = [*parse_json(files, "tokenizer.json").get("added_tokens", ())]
+    found = [*json_of(files, "tokenizer.json").get("added_tokens", ())]
     decoder = config.get("added_tokens_decoder", {})
     found += [added_token(int(i), "") | token | {"id": int(i)} for i, token in decoder.items()]
-    named = parse_json(files, "added_tokens.json")
+    named = json_of(files, "added_tokens.json")
     found += [added_token(i, name, name in special) for name, i in named.items()]
     for token in found:
         name = tokens.setdefault(token["id"], token)["content"]
@@ -661,7 +657,7 @@ def added_tokens(files, known=()):
 def ends(files, added, bos, *usual):
     """(name of the end token, name of the one put first or None): tokenizer_config.json's, or the
     first of the `usual` ones that is there, and bos."""
-    config = parse_json(files, "tokenizer_config.json")
+    config = json_of(files, "tokenizer_config.json")
     eos = config.get("eos_token") or next((name for name in usual if name in added), None)
     if config.get("add_bos_token") and bos is None:
         raise ValueError("tokenizer_config.json: add_bos_token is not supported here")
@@ -685,7 +681,7 @@ def read_tokenizer_model(files):
     names = [f"<|{special.get(i) or next(reserved)}|>" for i in range(256)]
     known = [added_token(len(ranks) + i, name) for i, name in enumerate(names)]
     tokens = added_tokens(files, known)
-    raw = parse_json(files, "tokenizer.json") or None
+    raw = json_of(files, "tokenizer.json") or None
     return BytePair(files, LLAMA3_PATTERN, ranks, tokens, False, raw, names[0], names[1])
 
 
@@ -708,7 +704,7 @@ BPE_OPTIONS = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
 
 def read_tokenizer_json(files, raw=None):
     """Hugging Face's tokenizer.json, where it is a byte-level BPE."""
-    raw = raw or parse_json(files, "tokenizer.json")
+    raw = raw or json_of(files, "tokenizer.json")
     model, normalizer, post = raw["model"], raw["normalizer"] or {}, raw["post_processor"] or {}
     if model.get("byte_fallback"):
         raise ValueError("model.byte_fallback: SentencePiece's; its tokenizer.model is needed here")
@@ -745,8 +741,8 @@ def read_tokenizer_json(files, raw=None):
 def read_vocab_and_merges(files):
     """GPT-2's or Qwen2's vocab.json and merges.txt. GPT-2's vocabulary ends in its end token; the
     special tokens of Qwen2 are in tokenizer_config.json. What they say in a tokenizer.json."""
-    vocab, end_token = parse_json(files, "vocab.json"), "<|endoftext|>"
-    config = parse_json(files, "tokenizer_config.json")
+    vocab, end_token = json_of(files, "vocab.json"), "<|endoftext|>"
+    config = json_of(files, "tokenizer_config.json")
     family = config.get("tokenizer_class") or ("GPT2" if end_token in vocab else "Qwen2")
     qwen2 = family.startswith("Qwen2")
     if not family.startswith(("GPT2", "Qwen2")) or config.get("add_prefix_space"):
@@ -971,11 +967,22 @@ def read_bytes(path):
     return content
 
 
-def read_json(path):
+def parse_json(text, where):
+    """The value of a JSON text; ValueError, with `where`, also for a field that is there twice."""
+
+    def unique(pairs):
+        if len(fields := dict(pairs)) < len(pairs):
+            raise ValueError("a field is there twice")
+        return fields
+
     try:
-        return json.loads(read_bytes(path))
+        return json.loads(text, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
+        raise ValueError(f"{where}: not JSON ({error})") from None
+
+
+def read_json(path):
+    return parse_json(read_bytes(path), path)
 
 
 @contextlib.contextmanager
@@ -1038,15 +1045,16 @@ NO_MEMORY = "DefaultCPUAllocator|out of memory|Storage size calculation overflow
 
 
 def run_program(main):
-    """Runs a program. What a user can get wrong (ValueError, OSError) ends in one line, exit code
-    2; a reader of the output that has gone, quietly."""
+    """Runs a program. What a user can get wrong ends in one line, exit code 2; a reader of the
+    output that has gone, quietly."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError, RecursionError) as error:
         end(error, 2)
     except KeyboardInterrupt:
         end("interrupted", 130)

@@ -489,7 +489,7 @@ def loss_curves(directory):
                 steps, values = curves.setdefault(name, ([], []))
                 steps.append(int(line["step"]))
                 values.append(float(line[name]))
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError, OverflowError) as error:
         raise ValueError(f"{path}: not the log of a run ({error})") from None
     if not curves:
         raise ValueError(f"{path}: there is no loss in it yet")

@@ -25,6 +25,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from data import read_bytes, read_json
+
 # -------------------------------------------------------------------------------- configuration
 
 LLAMA3_ROPE = dict(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0)
@@ -56,10 +58,8 @@ class ModelConfig:
         FileNotFoundError where there is none; ValueError, naming the field, for a configuration
         that this code would compute otherwise than its authors meant."""
         path = Path(directory) / "config.json"
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file; a model directory holds one")
+        raw = read_json(path)
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
             return cls(**(read_gpt2 if raw.get("model_type") == "gpt2" else read_llama)(raw))
         except KeyError as error:
             raise ValueError(f"{path}: the field {error} is missing") from None
@@ -106,6 +106,7 @@ def read_llama(raw):
         model_type=("llama", "qwen2"),
         hidden_act=("silu",),
         mlp_bias=(False,),
+        is_causal=(True,),
         attention_bias=(False,) if raw.get("model_type") == "llama" else (True, False),
         quantization_config=(None,),
         use_sliding_window=(False,),
@@ -113,14 +114,15 @@ def read_llama(raw):
         partial_rotary_factor=(1.0, None),
         rope_type=("default", "llama3"),
     )
-    heads = raw["num_attention_heads"]
+    heads, llama = raw["num_attention_heads"], raw["model_type"] == "llama"
+    positions = raw.get("max_sequence_length", 2048 if llama else 32768)  # Hugging Face's defaults
     same = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
     return {name: raw[name] for name in same} | dict(
         num_attention_heads=heads,
         num_key_value_heads=raw.get("num_key_value_heads") or heads,
         head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-        max_position_embeddings=raw["max_position_embeddings"],
-        norm_eps=raw["rms_norm_eps"],
+        max_position_embeddings=raw.get("max_position_embeddings", positions),
+        norm_eps=raw.get("rms_norm_eps", 1e-6),
         tie_word_embeddings=raw.get("tie_word_embeddings", False),
         rope_theta=rope.get("rope_theta", 10000.0),
         rope_scaling={k: float(rope[k]) for k in LLAMA3_ROPE} if rope_type == "llama3" else None,
@@ -146,8 +148,11 @@ def read_gpt2(raw):
     n, heads = raw["n_embd"], raw["n_head"]
     if divmod(n, heads)[1]:
         raise ValueError(f"n_embd {n} is not a multiple of n_head {heads}")
-    raw = {"tie_word_embeddings": True} | raw | {"n_inner": raw.get("n_inner") or 4 * n}
+    raw = dict(tie_word_embeddings=True, n_positions=1024, layer_norm_epsilon=1e-5) | raw
+    raw["n_inner"] = raw.get("n_inner") or 4 * n
     fields = {ours: raw[theirs] for ours, theirs in GPT2_FIELDS.items()}
+    for name, value in fields.items():
+        expect(raw, **{name: (value,)})  # under a second name it is the same
     return dict(**fields, model_type="gpt2", num_key_value_heads=heads, head_dim=n // heads)
 
 
@@ -733,9 +738,8 @@ def weight_files(directory):
     if not index.is_file():
         raise FileNotFoundError(f"{path}: no such file, nor {index.name}; no other format is read")
     try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        return sorted(index.with_name(name) for name in names)
-    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        return sorted({index.with_name(name) for name in read_json(index)["weight_map"].values()})
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{index}: not an index of files beside it ({error!r})") from None
 
 
@@ -745,6 +749,8 @@ def open_safetensors(path):
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
+        if path.stat().st_size < 1000:
+            read_bytes(path)  # which knows a pointer to the file
         raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
 
 

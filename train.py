@@ -39,6 +39,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP remarks on unused p
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
@@ -291,8 +292,8 @@ def check_directory(options):
         raise ValueError(f"--out {out}: holds something, but no run ({error})") from None
     if not options.resume and not options.overwrite:
         raise ValueError(f"--out {out}: holds a run; --resume continues, --overwrite replaces it")
-    if odd := [name for name in RUN_FILES if (out / name).is_dir()]:
-        raise ValueError(f"--out {out}: {odd[0]} is a directory")
+    if odd := [name for name in RUN_FILES if (out / name).exists() > (out / name).is_file()]:
+        raise ValueError(f"--out {out}: {odd[0]} is not a file")
     return saved
 
 
@@ -377,6 +378,9 @@ class Run:
 def prepare(options, device):
     """The Run of some options, at its first step. device meta: without weights, to check them.
     ValueError or OSError for what a user can mend; writes nothing."""
+    if options.model not in MODELS and not Path(options.model).is_dir():
+        fetch = f"hf download {options.model} --local-dir DIR"
+        raise ValueError(f"--model {options.model}: no such directory; a hub's model: {fetch}")
     load = partial(data.load, options.data, seed=options.seed, data_dir=options.data_dir)
     problems = load("train")
     valid = load("valid")[: options.eval_size] if options.eval_size else []
@@ -463,7 +467,7 @@ def load_checkpoint(run):
 
 def step_of(line):
     """The step of a line of log.jsonl; of a damaged one infinity."""
-    with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+    with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError, OverflowError):
         return int(json.loads(line)["step"])
     return math.inf
 
@@ -545,7 +549,7 @@ def train(run):
         losses = method.training_step(forward, batch)
         norm = torch.nn.utils.clip_grad_norm_(parameters, options.grad_clip or math.inf)
         finite = bool(torch.stack([norm, *losses.values()]).isfinite().all())
-        stop, bad = agree([max(RECEIVED, default=0), not finite], run.model.device)
+        stop, bad = agree([next(iter(RECEIVED), 0), not finite], run.model.device)
         if bad:
             text = " ".join(f"{name} {loss:.3g}" for name, loss in losses.items())
             text = f"step {step}: not finite: {text} |g| {norm:.3g}, problems {indices.tolist()}"
@@ -579,7 +583,7 @@ def save(run, write, *arguments):
     try:
         if run.rank == 0:
             write(*arguments)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         message = f"step {run.progress.step}: could not be written: {error}; --resume"
         if run.progress.step == run.steps:
             end(f"{message} goes on from the last checkpoint", 1)

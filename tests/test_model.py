@@ -97,7 +97,8 @@ REFUSED = [
     ("llama", dict(num_key_value_heads=3, tie_word_embeddings="no", intermediate_size=...)),
     ("qwen2", dict(use_sliding_window=True, layer_types=["sliding_attention"])),
     ("gpt2", dict(activation_function="gelu", scale_attn_by_inverse_layer_idx=True)),
-    ("gpt2", dict(scale_attn_weights=False, n_embd=33, n_positions=...)),
+    ("gpt2", dict(scale_attn_weights=False, n_embd=33, n_layer=..., num_attention_heads=8)),
+    ("llama", dict(is_causal=False)),
 ]
 
 
@@ -116,11 +117,44 @@ def test_config_of_another_rope_is_refused_by_name(tmp_path):
             ModelConfig.from_pretrained(tmp_path)
 
 
-def test_config_may_spell_rope_the_older_way(tmp_path):
+@pytest.mark.parametrize("parameters", [..., "with theta", "without theta"])
+def test_config_may_spell_rope_the_older_way(tmp_path, parameters):
+    """Alone, or the same under both names."""
     scaling = {name: value for name, value in ROPE.items() if name != "rope_theta"}
-    old = dict(rope_theta=ROPE["rope_theta"], rope_scaling=scaling, rope_parameters=...)
+    parameters = {"with theta": ROPE, "without theta": scaling}.get(parameters, ...)
+    old = dict(rope_theta=ROPE["rope_theta"], rope_scaling=scaling, rope_parameters=parameters)
     found = ModelConfig.from_pretrained(write_config(tmp_path, "llama", **old))
     assert found == ModelConfig.from_pretrained(FIXTURES / "llama")
+
+
+DEFAULTS = [
+    ("llama", dict(max_position_embeddings=..., rms_norm_eps=...), (2048, 1e-6)),
+    ("llama", dict(max_position_embeddings=..., max_sequence_length=99), (99, 1e-6)),
+    ("qwen2", dict(max_position_embeddings=..., rms_norm_eps=...), (32768, 1e-6)),
+    ("gpt2", dict(n_positions=..., layer_norm_epsilon=..., n_inner=...), (1024, 1e-5)),
+]
+
+
+@pytest.mark.parametrize("family, missing, want", DEFAULTS)
+def test_config_without_some_fields_has_hugging_faces_defaults(tmp_path, family, missing, want):
+    config = ModelConfig.from_pretrained(write_config(tmp_path, family, **missing))
+    assert (config.max_position_embeddings, config.norm_eps) == want
+
+
+def test_config_that_is_ambiguous_or_no_file_is_refused(tmp_path):
+    text = (FIXTURES / "llama" / "config.json").read_text()
+    texts = {
+        "twice": text.replace("{", '{"hidden_size": 8, ', 1),
+        "Git LFS pointer": LFS,
+        "JSON": "",
+    }
+    for message, text in texts.items():
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=f"config.json.*{message}"):
+            ModelConfig.from_pretrained(tmp_path)
+
+
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
 
 
 def count(model, trained=False):
