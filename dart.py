@@ -525,15 +525,8 @@ class CODI(DART):
         return {"cot": self.cot_pathway(), "codi": codi}
 
 
-METHODS = {
-    "dart": DART,
-    "cot": CoT,
-    "no-cot": NoCoT,
-    "pause": Pause,
-    "icot": ICoT,
-    "coconut": Coconut,
-    "codi": CODI,
-}
+METHODS = {"dart": DART, "cot": CoT, "no-cot": NoCoT, "pause": Pause, "icot": ICoT}
+METHODS |= {"coconut": Coconut, "codi": CODI}
 
 
 def hidden_behind_latents(model, batch, tokens, cache=None, capture=None):
@@ -677,7 +670,8 @@ def load_run(directory, base=None, device="cpu", dtype=None, best=False):
         there = dataclasses.replace(options, model=base or options.model)
         method = build(there, tokenizer, None, device, dtype)
     ours = fingerprint(options, method.model, tokenizer)
-    check_same_run(directory / "config.json", saved["run"], ours)
+    where = "" if options.whole else f" (with the base {there.model})"
+    check_same_run(f"{directory / 'config.json'}{where}", saved["run"], ours)
     check_same_run(path, about["run"], ours)
     method.model.load_state(tensors, path, options.whole)
     return method.eval(), options

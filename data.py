@@ -8,6 +8,11 @@ a batch is some examples, padded on the right. Which examples make which batch i
 (seed, epoch), whatever the number of processes. Last come the helpers that all programs share.
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C ends the program without a word while modules are imported
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import base64
 import contextlib
@@ -18,7 +23,6 @@ import json
 import math
 import os
 import re
-import signal
 import sys
 import unicodedata
 import urllib.request
@@ -1054,7 +1058,7 @@ def run_program(main):
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (ValueError, OSError, SafetensorError, RecursionError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         end(error, 2)
     except KeyboardInterrupt:
         end("interrupted", 130)

@@ -13,6 +13,11 @@
 --ask without a question reads lines of standard input.
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C ends the program without a word while modules are imported
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import copy
 import dataclasses
 import functools

@@ -14,6 +14,11 @@ Exit codes: 0 done; 1 a fault stopped the training; 2 something given is wrong; 
 and SIGTERM stopped it, after saving.
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C ends the program without a word while modules are imported
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import contextlib
 import dataclasses
 import fcntl
@@ -24,7 +29,6 @@ import os
 import re
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -300,7 +304,8 @@ def check_directory(options):
 def lock(out):
     """Creates the directory and locks it, until the handle that it returns is closed, and those of
     the processes that are started meanwhile."""
-    out.mkdir(parents=True, exist_ok=True)
+    for directory in reversed((out, *out.parents)):  # `parents` of mkdir calls itself for each
+        directory.mkdir(exist_ok=True)
     handle = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
     os.set_inheritable(handle, True)
     try:

@@ -2,9 +2,11 @@
 
 import copy
 import dataclasses
+import functools
 import hashlib
 import json
 import re
+import resource
 import shutil
 import statistics
 import subprocess
@@ -26,7 +28,8 @@ import train
 from data import Problem, Tokenizer
 from model import MODELS, Transformer
 
-FIXTURES = Path(__file__).parent / "fixtures"
+ROOT = Path(__file__).parent.parent
+FIXTURES = ROOT / "tests" / "fixtures"
 QUESTION = "sam has 7 pens gets 5 packs of 4 ?"
 
 
@@ -453,6 +456,14 @@ def test_methods_of_several_passes_have_no_lens_and_thoughts_no_export(name, tmp
     if name != "cot":
         with pytest.raises(ValueError, match=f"{name}: continuous thoughts"):
             exported(tiny(name), tmp_path / "hf", name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_export_onto_a_full_disk_is_one_line_and_leaves_nothing(a_run, tmp_path):
+    limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (20_000, 20_000))
+    command = [sys.executable, "eval.py", "--ckpt", str(a_run), "--export", str(tmp_path / "hf")]
+    ended = subprocess.run(command, cwd=ROOT, preexec_fn=limit, capture_output=True, text=True)
+    assert ended.returncode == 2 and re.fullmatch("error: .*too large.*\n", ended.stderr)
     assert not list(tmp_path.iterdir())
 
 

@@ -402,10 +402,13 @@ def test_a_run_is_not_given_up_for_one_that_cannot_start(run, copy, more):
     assert contents(copy) == before
 
 
-def test_a_directory_in_the_way_of_a_file_is_found_before_anything_is_deleted(run, copy):
-    (copy / "vocab.json").mkdir()
+@pytest.mark.parametrize("make, name", [(os.mkdir, "vocab.json"), (os.mkfifo, "log.jsonl")])
+def test_what_is_in_the_way_of_a_file_is_found_before_anything_is_deleted(run, copy, make, name):
+    (copy / name).unlink(missing_ok=True)
+    make(copy / name)
     before = contents(copy)
-    assert run(copy, "--overwrite").refused("vocab.json is a directory")
+    for how in ("--overwrite", "--resume"):
+        assert run(copy, how).refused(f"{name} is not a file")
     assert contents(copy) == before
 
 
@@ -418,10 +421,10 @@ def test_overwriting_replaces_the_run_and_nothing_else(run, copy, whole):
     assert same(copy, whole)
 
 
-@pytest.mark.parametrize("place", ["file/run", "/proc/run"])
+@pytest.mark.parametrize("place", ["file/run", "/proc/run", "too long/" * 1000])
 def test_a_directory_that_cannot_be_made_is_named(run, tmp_path, place):
     (tmp_path / "file").write_text("")
-    assert run(tmp_path / place).refused(place)
+    assert run(tmp_path / place).refused(place.strip("/").split("/")[0])
 
 
 def test_files_may_be_read_by_those_whom_the_umask_lets(whole):
@@ -442,6 +445,18 @@ def test_what_is_wrong_is_one_line_and_exit_code_2(run, tmp_path):
         (["--data", "demo", "--preset", "gpt2", "--model", "/no"], ["/no"]),
     ):
         assert run(tmp_path / "run", *more).refused(*words)
+
+
+def test_ctrl_c_while_modules_are_imported_ends_without_a_word():
+    for program in ("train.py", "eval.py", "data.py"):
+        command = [sys.executable, str(ROOT / program), "--help"]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        modules = Path(f"/proc/{process.pid}/maps")
+        while process.poll() is None and "libtorch" not in modules.read_text():
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate()
+        assert (process.returncode, output, errors) == (-signal.SIGINT, b"", b"")
 
 
 def test_an_output_that_is_closed_or_full_ends_the_run_without_a_traceback(run, tmp_path):
