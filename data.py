@@ -56,8 +56,9 @@ def load(name_or_path, split, seed=0, data_dir="datasets"):
     """list[Problem] of a data set.
 
     name_or_path: demo (the built-in task, split by `seed`); a name in DATASETS, whose files lie in
-    data_dir/name; a directory that holds split.txt, split.jsonl or split.json; or a file, which is
-    every split. .txt: `read_gsm8k_aug`, else `read_records`. split: train, valid or test.
+    data_dir/name; a directory that holds split.txt, split.jsonl or split.json (val and dev are
+    names of valid, too); or a file, which is every split. .txt: `read_gsm8k_aug`, else
+    `read_records`. split: train, valid or test.
     FileNotFoundError, or ValueError with file, line and field.
     """
     if name_or_path == "demo":
@@ -71,8 +72,12 @@ def load(name_or_path, split, seed=0, data_dir="datasets"):
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; python data.py {name_or_path} gets it")
     elif path.is_dir():
-        files = [path / f"{split}{end}" for end in (".txt", ".jsonl", ".json")]
-        path = next((file for file in files if file.is_file()), files[1])
+        names = ("valid", "val", "dev") if split == "valid" else (split,)
+        files = [path / f"{name}{end}" for name in names for end in (".jsonl", ".txt", ".json")]
+        there = [file for file in files if file.is_file()]
+        if len(there) > 1:
+            raise ValueError(f"{path}: both {there[0].name} and {there[1].name}")
+        path = (there or files)[0]
     elif not path.is_file():
         names = ", ".join(["demo", *DATASETS])
         raise FileNotFoundError(f"{path}: no such file or directory, and no data set ({names})")
@@ -144,31 +149,42 @@ def read_records(path, text):
     return problems
 
 
+FIELDS = {  # the field that tells whose a record is -> all that such a record may have
+    "sQuestion": "sQuestion lSolutions lEquations lAlignments iIndex",  # MultiArith (Roy, Roth 2015)
+    "Body": "Body Question Answer ID Equation Type",  # SVAMP (Patel et al. 2021)
+    "input": "input target code",  # GSM-HARD (Gao et al. 2023)
+    # GSM8K (Cobbe et al. 2021); CommonsenseQA-CoT (Shen et al. 2025); one's own; ProsQA (Hao et
+    # al. 2024), with the graph behind a question
+    "question": "question steps cot answer id idx idx_to_symbol edges root target neg_target",
+}
+
+
 def from_record(record):
-    """A record of any of these data sets -> (question, steps, answer), by the fields it has."""
+    """A record -> (question, steps, answer). KeyError, TypeError or ValueError."""
+    fields = next((FIELDS[name] for name in FIELDS if name in record), FIELDS["question"])
+    if unknown := record.keys() - fields.split():
+        raise ValueError(f"the field {min(unknown)!r} is not known; there are {fields}")
 
     def text(name):
         return as_text(name, record[name])
 
-    if "sQuestion" in record:  # MultiArith (Roy and Roth 2015)
+    if "sQuestion" in record:
         return text("sQuestion"), [], as_text("lSolutions", record["lSolutions"][0])
-    if "Body" in record:  # SVAMP (Patel et al. 2021)
+    if "Body" in record:
         body = text("Body").strip().removesuffix(".")
         return f"{body}. {text('Question')}", [], text("Answer")
-    if "input" in record:  # GSM-HARD (Gao et al. 2023)
+    if "input" in record:
         return text("input"), [], text("target")
-    question, answer = text("question"), text("answer")
-    if "steps" in record:  # ProsQA (Hao et al. 2024), and data of one's own
-        if not isinstance(record["steps"], list):
-            raise ValueError(f"steps is {record['steps']!r:.60}, not a list")
-        return question, [as_text("steps", step) for step in record["steps"]], answer
-    if "cot" in record:  # CommonsenseQA-CoT (Shen et al. 2025): the sentences of a rationale
+    question, steps, answer = text("question"), record.get("steps", []), text("answer")
+    if not isinstance(steps, list) or (steps and "cot" in record):
+        raise ValueError(f"steps is {steps!r:.60}, not a list, or there is cot, too")
+    if "cot" in record:  # calculations, or the sentences of a rationale
         cot = text("cot").strip()
-        return question, STEP.findall(cot) or re.split(r"(?<=[.!?])\s+", cot), answer
-    if "####" in answer:  # GSM8K (Cobbe et al. 2021): calculations within a solution
+        steps = STEP.findall(cot) or re.split(r"(?<=[.!?])\s+", cot) if cot else []
+    if "####" in answer:  # calculations within a solution
         solution, _, answer = answer.rpartition("####")
-        return question, STEP.findall(solution), answer
-    return question, [], answer
+        steps = steps or STEP.findall(solution)
+    return question, [as_text("steps", step) for step in steps], answer
 
 
 def as_text(name, value):

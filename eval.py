@@ -659,6 +659,8 @@ def main(argv=None):
     if mode == "export":
         return export(method, options.export, (*options.pathway, method.inference_pathway)[0])
     names = options.data or (run.data,) if "data" in READS[mode].split() else ()
+    if names == (run.data,) != options.data and Path(run.data).is_file():
+        raise ValueError(f"--data is missing: {run.data} is what the run was trained on")
     where = options.data_dir or run.data_dir
     sets = {name: load(name, options.split, run.seed, where) for name in names}
     sets = {name: problems[: options.limit or None] for name, problems in sets.items()}

@@ -388,7 +388,11 @@ def prepare(options, device):
         raise ValueError(f"--model {options.model}: no such directory; a hub's model: {fetch}")
     load = partial(data.load, options.data, seed=options.seed, data_dir=options.data_dir)
     problems = load("train")
-    valid = load("valid")[: options.eval_size] if options.eval_size else []
+    if Path(options.data).is_file():  # the last ones are held out
+        n = max(0, len(problems) - options.eval_size)
+        problems, valid = problems[:n], problems[n:]
+    else:
+        valid = load("valid")[: options.eval_size] if options.eval_size else []
     (rank, world), size = rank_and_world(), options.batch_size
     if len(problems) < size or size % world:
         raise ValueError(f"--batch_size {size}: {len(problems)} problems, {world} processes")
@@ -413,6 +417,12 @@ def prepare(options, device):
     for name in method.pathways:
         pathway = method.training_pathway(name, stage, 0.0)
         examples[name] = [pathway.example(problem, tokenizer) for problem in problems]
+        if pathway.steps and empty_cots(problems, pathway.drop_last_step) == len(problems):
+            n = empty_cots(problems, False)
+            raise ValueError(
+                f"--data {options.data}: no problem has a CoT to learn, {n} no step "
+                "at all; --last_step keep would keep the last steps"
+            )
     longest = max(len(example.ids) for some in examples.values() for example in some)
     evaluation.check_room(method, longest, valid, options.max_new_tokens)
     fingerprint = dart.fingerprint(options, method.model, tokenizer)
@@ -422,6 +432,11 @@ def prepare(options, device):
     optimizer = make_optimizer(method.model, options)
     found = (problems, examples, valid, steps, per_epoch, fingerprint, rank, world, progress)
     return Run(options, method, optimizer, *found)
+
+
+def empty_cots(problems, drop_last_step):
+    """How many of the problems have no step to learn."""
+    return sum(len(problem.steps) <= drop_last_step for problem in problems)
 
 
 def make_optimizer(model, options):
@@ -703,7 +718,12 @@ def train_one(options, device):
     if run.rank == 0:
         claim_directory(run)
     n, size = len(run.problems), options.batch_size
-    show(run, f"{options.method}: {run.steps} steps of {size} of {n} problems, into {run.out}")
+    text = f"{options.method}: {run.steps} steps of {size} of {n} problems, into {run.out}"
+    show(run, f"{text}; {len(run.valid)} others are for validation")
+    empty = empty_cots(run.problems, run.method.drop_last_step)
+    if "cot" in run.method.pathways and empty > n / 10:
+        none = empty_cots(run.problems, False)
+        show(run, f"{empty} of {n} CoTs are empty ({none} with --last_step keep)")
     for name, examples in run.examples.items():
         picture = data.picture(examples[0], run.method.tokenizer)
         show(run, f"{name}: the first problem, and what its tokens weigh in the loss\n{picture}")
@@ -784,6 +804,8 @@ def run_command(options, argv, held):
     runs = [one for some in rows.values() for one in some]
     for one in runs if len(runs) > 1 else ():
         checked_run(one, "meta")
+    if len(runs) > 1 and Path(options.data).is_file() and not options.test_data:
+        raise ValueError(f"--test_data is missing: {options.data} is what is trained on")
     for name in options.test_data:
         data.load(name, "test", options.seed, options.data_dir)
     check_directory(runs[-1])

@@ -42,6 +42,10 @@ RECORDS = [  # in the published formats, written for the purpose; below each wha
     Problem("Is Max a wumpus?", ["Max is a rorpus."], "No."),  # ProsQA; CommonsenseQA-CoT
     {"question": "Q: Where?\nA: here", "answer": "B", "cot": "Not here. So it is there."},
     Problem("Q: Where?\nA: here", ["Not here.", "So it is there."], "B"),  # CommonsenseQA-CoT
+    {"question": "A has 2, gets 3 ?", "cot": "<<2+3=5>> <<5*2=10>>", "answer": "10"},
+    Problem("A has 2, gets 3 ?", ["<<2+3=5>>", "<<5*2=10>>"], "10"),  # a copy of GSM8K-Aug
+    {"question": "q", "cot": "", "answer": "10"},
+    Problem("q", [], "10"),
 ]
 GOOD = '{"question": "q", "answer": "1"}'
 
@@ -65,7 +69,7 @@ def test_load_reads_gsm8k_aug(tmp_path):
 
 @pytest.mark.parametrize("file", ["test.jsonl", "test.json"])
 def test_load_reads_own_data_from_a_directory_or_a_file(tmp_path, file):
-    own = {"question": "Two  and two? ", "steps": ["2+2", " is 4"], "answer": 4.0, "more": None}
+    own = {"question": "Two  and two? ", "steps": ["2+2", " is 4"], "answer": 4.0, "id": None}
     records = [own, {"question": "é", "answer": "no"}]
     lines = "\r\n".join(json.dumps(record, ensure_ascii=False) for record in records)
     text = lines if file.endswith("l") else json.dumps(records, indent=1)
@@ -92,6 +96,15 @@ def test_load_reads_own_data_from_a_directory_or_a_file(tmp_path, file):
         ("a.jsonl", f"{GOOD}\n\n{GOOD}", ":2: not JSON"),
         ("a.jsonl", '{"question": "q", "steps": "s", "answer": "1"}', ":1: steps is 's', not a"),
         ("a.jsonl", '{"question": "q", "steps": [null], "answer": "1"}', ":1: steps is None"),
+        ("a.jsonl", '{"question": "q", "rationale_steps": [], "answer": "1"}', "'rationale_steps'"),
+        (
+            "a.jsonl",
+            '{"Body": "b", "Question": "q", "cot": "c", "Answer": 1}',
+            "field 'cot' is not",
+        ),
+        ("a.jsonl", '{"question": "q", "steps": ["s"], "cot": "c", "answer": "1"}', "or there is"),
+        ("a.jsonl", '{"question": "q", "question": "p", "answer": "1"}', ":1: not JSON"),
+        ("a.txt", "q||<<1=1>> << >> #### 1", ":1: not of the form"),
         ("a.jsonl", '{"question": "q", "answer": true}', ":1: answer is True, not text or"),
         ("a.jsonl", '{"question": "q", "answer": 1e999}', ":1: answer is inf"),
         (
@@ -106,6 +119,16 @@ def test_load_names_file_line_and_field_of_what_is_malformed(tmp_path, file, tex
     (tmp_path / file).write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match=re.escape(f"{tmp_path / file}:") + ".*" + message[1:]):
         data.load(tmp_path / file, "train")
+
+
+@pytest.mark.parametrize("name", ["valid.txt", "val.json", "dev.jsonl"])
+def test_load_knows_the_names_of_a_validation_split(tmp_path, name):
+    text = {"txt": "q||#### 1", "json": f"[{GOOD}]", "jsonl": GOOD}[name.split(".")[1]]
+    (tmp_path / name).write_text(text)
+    assert data.load(tmp_path, "valid") == [Problem("q", [], "1")]
+    (tmp_path / "valid.jsonl").write_text(GOOD)
+    with pytest.raises(ValueError, match=f"both valid.jsonl and {name}"):
+        data.load(tmp_path, "valid")
 
 
 def test_load_names_what_is_missing(tmp_path):

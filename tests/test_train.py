@@ -14,6 +14,7 @@ import torch
 
 import dart
 import data
+import eval as evaluation
 import train
 
 ROOT = Path(__file__).parent.parent
@@ -113,6 +114,44 @@ def test_learning_rate_warms_up_and_falls_as_half_a_cosine():
 
 def prepared(*words):
     return train.prepare(options("--steps", "8", *words), "cpu")
+
+
+def test_a_file_is_the_training_split_but_for_its_last_problems(tmp_path):
+    problems = data.demo_problems(0)["train"][:30]
+    lines = [json.dumps(problem._asdict()) for problem in problems]
+    (tmp_path / "own.jsonl").write_text("\n".join(lines))
+    words = ("--data", str(tmp_path / "own.jsonl"), "--batch_size", "8", "--eval_size")
+    run = prepared(*words, "10")
+    assert (run.problems, run.valid) == (problems[:20], problems[20:])
+    run = prepared(*words, "0")
+    assert (run.problems, run.valid) == (problems, [])
+    words += ("10", "--steps", "1", "--device", "cpu", "--out", str(tmp_path / "run"), "--compare")
+    train.main([*words])
+    with pytest.raises(ValueError, match="--data is missing: .*own.jsonl is what the run was"):
+        evaluation.main(["--ckpt", str(tmp_path / "run")])
+    with pytest.raises(ValueError, match="--test_data is missing: .*own.jsonl is what is"):
+        train.main([*words, "cot", "--overwrite"])
+
+
+def test_empty_cots_are_counted_and_nothing_but_them_is_refused(tmp_path, capsys):
+    """The built-in task's have two steps; here some have one, which DART drops, or none."""
+    problems = data.demo_problems(0)["train"][:16]
+
+    def write(*steps):
+        records = [problem._replace(steps=problem.steps[:n]) for problem, n in zip(problems, steps)]
+        lines = [json.dumps(record._asdict()) for record in records]
+        (tmp_path / "own.jsonl").write_text("\n".join(lines))
+
+    words = ["--data", str(tmp_path / "own.jsonl"), "--batch_size", "8", "--eval_size", "0"]
+    words += ["--compare", "--steps", "1", "--device", "cpu", "--out"]
+    write(*[2] * 10, *[1] * 4, 0, 0)
+    train.main([*words, str(tmp_path / "run")])
+    assert "6 of 16 CoTs are empty (2 with --last_step keep)" in capsys.readouterr().out
+    write(*[1] * 14, 0, 0)
+    with pytest.raises(ValueError, match="no problem has a CoT to learn, 2 no step at all; --last"):
+        train.main([*words, str(tmp_path / "other")])
+    train.main([*words, str(tmp_path / "keep"), "--last_step", "keep"])
+    train.main([*words, str(tmp_path / "no-cot"), "--method", "no-cot"])
 
 
 def test_every_process_takes_its_share_of_the_same_batch():
