@@ -517,12 +517,11 @@ class Tokenizer:
         if with_st:
             added[st_id] = added_token(st_id, "<st>")
         raw = self.tokenizer_json | {"added_tokens": [added[i] for i in sorted(added)]}
-        if self.bos_id is None:
-            raw["post_processor"] = None
         names = {i: token["content"] for i, token in added.items()}
-        eos = names[self.eos_id]
+        bos, eos = names.get(self.bos_id), names[self.eos_id]
+        raw["post_processor"] = put_first(bos, self.bos_id) if bos else None
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left"}
-        config |= {"bos_token": names.get(self.bos_id), "eos_token": eos, "pad_token": eos}
+        config |= {"bos_token": bos, "eos_token": eos, "pad_token": eos}
         config |= {"additional_special_tokens": ["<st>"] * with_st}
         config |= {"clean_up_tokenization_spaces": False}
         written = {"tokenizer.json": raw, "tokenizer_config.json": config}
@@ -547,7 +546,7 @@ class Words(Tokenizer):
         super().__init__(files, range(len(self.list)), added, (), "<eos>", "<bos>")
         self.outside = {}
         added = [added_token(i, name) for name, i in added.items()]
-        parts = self.token, self.blank_at_sign + "|^ ", self.bos_id, added, self.ids
+        parts = self.token, self.blank_at_sign + "|^ ", added, self.ids
         self.tokenizer_json = json.loads(WORDS_JSON % tuple(map(json.dumps, parts)))
 
     def encode_text(self, text, continued):
@@ -560,17 +559,13 @@ class Words(Tokenizer):
         return re.sub(self.blank_at_sign, "", " ".join(self.list[i] for i in ids))
 
 
-# The same for Hugging Face's tokenizers: words are what the pattern finds; <bos> comes first; they
-# are joined with a blank before each, of which some are taken away.
+# The same for Hugging Face's tokenizers: words are what the pattern finds; they are joined with a
+# blank before each, of which some are taken away.
 WORDS_JSON = """{"version": "1.0", "normalizer": null,
 "pre_tokenizer": {"type": "Split", "pattern": {"Regex": %s}, "behavior": "Removed", "invert": true},
 "decoder": {"type": "Sequence", "decoders": [
     {"type": "Replace", "pattern": {"Regex": "^"}, "content": " "}, {"type": "Fuse"},
     {"type": "Replace", "pattern": {"Regex": %s}, "content": ""}]},
-"post_processor": {"type": "TemplateProcessing", "pair": [{"Sequence": {"id": "A", "type_id": 0}}],
-    "single": [{"SpecialToken": {"id": "<bos>", "type_id": 0}},
-               {"Sequence": {"id": "A", "type_id": 0}}],
-    "special_tokens": {"<bos>": {"id": "<bos>", "ids": [%s], "tokens": ["<bos>"]}}},
 "added_tokens": %s, "model": {"type": "WordLevel", "vocab": %s, "unk_token": "<unk>"}}"""
 
 
@@ -646,6 +641,15 @@ def added_token(i, name, special=True):
     """An added token as in a tokenizer.json."""
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return {"id": i, "content": name, "special": special} | flags
+
+
+def put_first(name, i):
+    """The post_processor of a tokenizer.json that puts one token before a text."""
+    kinds = ("SpecialToken", name), ("Sequence", "A"), ("Sequence", "B")
+    token, *texts = ({kind: {"id": part, "type_id": 0}} for kind, part in kinds)
+    special = {name: {"id": name, "ids": [i], "tokens": [name]}}
+    single = {"type": "TemplateProcessing", "single": [token, texts[0]]}
+    return single | {"pair": [token, *texts], "special_tokens": special}
 
 
 def added_tokens(files, known=()):

@@ -10,7 +10,7 @@
     python eval.py --ckpt DIR DIR --plot FILE                  the losses of several runs
     python eval.py --ckpt out/demo --export HF_DIR             a plain Hugging Face checkpoint
 
---ask without a question reads lines of standard input.
+--ask without a question reads lines of standard input: a question each, or {"question": "..."}.
 """
 
 import signal
@@ -37,8 +37,8 @@ import numpy as np
 import torch
 
 import dart
-from data import Problem, end, load, normalise, option, parse_options, printable, replacing
-from data import run_program, sync, write_json, write_text
+from data import Problem, end, load, normalise, option, parse_json, parse_options, printable
+from data import replacing, run_program, sync, write_json, write_text
 from model import export_hf
 
 
@@ -215,38 +215,52 @@ def evaluate_run(method, sets, options):
     return rows, all_records
 
 
-def ask(method, questions, options):
-    """Answers each question through all pathways, side by side. Returns figures, and the number of
-    lines of standard input that could not be asked."""
-    models = {
-        name: merged_copy(method, name, options.compile) for name in reversed(method.pathways)
-    }
+def ask_all(method, options):
+    """Answers --ask, or each line of standard input. Returns figures, and the number of lines that
+    could not be asked. ValueError where --ask itself cannot."""
+    names = reversed(method.pathways)
+    models = {name: merged_copy(method, name, options.compile) for name in names}
     new, rows, refused = options.max_new_tokens or method.options.max_new_tokens, [], 0
-    for question in questions:
-        question = question.rstrip("\n")
+    if options.ask:
+        return ask(method, models, options.ask, new), 0
+    for line in sys.stdin.buffer:
         try:
-            check_room(method, 0, [Problem(question, [], "")], new)
+            text = line.decode(errors="surrogateescape").strip()
+            rows += ask(method, models, question_of(text), new) if text else []
         except ValueError as error:
-            if options.ask:
-                raise
             print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
             refused += 1
-            continue
-        answers = []
-        for name, model in models.items():
-            pathway = method.pathways[name]
-            how = (model, method.tokenizer, pathway, [question], new)
-            dart.answer(*how)  # a warm-up
-            start = time.perf_counter()
-            ((text, passes),) = dart.answer(*how)
-            seconds = time.perf_counter() - start
-            answer = pathway.extract_answer(text).strip()
-            row = {"pathway": name, "answer": answer, "passes": passes, "ms": 1000 * seconds}
-            answers.append(row | {"written": text})
-        cells = [row | {k: one_cell(row[k]) for k in ("answer", "written")} for row in answers]
-        print(f"{one_cell(normalise(question))}\n\n{table(cells)}\n", flush=True)
-        rows += [{"question": question} | row for row in answers]
     return rows, refused
+
+
+def question_of(line):
+    """A line's question: the line, or where it is a JSON object, as a question of several lines
+    must be, its field "question"."""
+    if not line.startswith("{"):
+        return line
+    question = parse_json(line, "standard input").get("question")
+    if not isinstance(question, str):
+        raise ValueError("standard input: no text in the field 'question'")
+    return question
+
+
+def ask(method, models, question, new):
+    """Prints the answers to a question through all pathways, side by side -> a row for each."""
+    check_room(method, 0, [Problem(question, [], "")], new)
+    rows = []
+    for name, model in models.items():
+        pathway = method.pathways[name]
+        how = (model, method.tokenizer, pathway, [question], new)
+        dart.answer(*how)  # a warm-up
+        start = time.perf_counter()
+        ((text, passes),) = dart.answer(*how)
+        ms = 1000 * (time.perf_counter() - start)
+        answer = pathway.extract_answer(text).strip()
+        row = {"question": question, "pathway": name, "answer": answer, "passes": passes}
+        rows.append(row | {"ms": ms, "written": text})
+    cells = [row | {k: one_cell(row[k]) for k in ("answer", "written")} for row in rows]
+    print(f"{one_cell(normalise(question))}\n\n{table(cells)}\n", flush=True)
+    return rows
 
 
 def one_cell(text):
@@ -541,13 +555,15 @@ library_name: transformers
 ---
 A plain {family} checkpoint: a run of the method `{method}` of a reference implementation of DART
 (Jiang et al., EMNLP 2025), as its pathway `{name}`, LoRA and REM folded into the weights.
+{base}
 
 The prompt is the question, without outer blanks and with single ones inside{prompted}.
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)
+# AutoTokenizer would cut texts as the family's own tokenizer does, whatever stands in the files
+tokenizer = PreTrainedTokenizerFast.from_pretrained(DIRECTORY)
 model = AutoModelForCausalLM.from_pretrained(DIRECTORY)
 question = "..."
 {inputs}
@@ -582,6 +598,10 @@ def model_card(method, name):
         prompted = f", and behind its ids those of `{separator}`, {ids}"
         inputs += f"\nids = ids.new_tensor([ids[0].tolist() + {ids}])"
     what = dict(family=method.model.config.model_type, method=method.options.method, name=name)
+    base = Path(method.options.model).name
+    what["base"] = f"The base model was `{base}`: its licence holds, its chat template does not."
+    if method.options.random_init:
+        what["base"] = "It was trained from random weights."
     new = method.options.max_new_tokens
     return CARD.format(**what, prompted=prompted, inputs=inputs, new=new, read=read)
 
@@ -659,7 +679,7 @@ def main(argv=None):
     if mode == "export":
         return export(method, options.export, (*options.pathway, method.inference_pathway)[0])
     names = options.data or (run.data,) if "data" in READS[mode].split() else ()
-    if names == (run.data,) != options.data and Path(run.data).is_file():
+    if names and not options.data and Path(run.data).is_file():
         raise ValueError(f"--data is missing: {run.data} is what the run was trained on")
     where = options.data_dir or run.data_dir
     sets = {name: load(name, options.split, run.seed, where) for name in names}
@@ -668,9 +688,7 @@ def main(argv=None):
         check_room(method, 0, problems, options.max_new_tokens or run.max_new_tokens)
     records, refused = [], 0
     if mode == "ask":
-        lines = (line.decode(errors="surrogateescape") for line in sys.stdin.buffer)
-        questions = [options.ask] if options.ask else (line for line in lines if line.strip())
-        figures, refused = ask(method, questions, options)
+        figures, refused = ask_all(method, options)
     elif mode:
         figures = run_lens(method, sets, options)
     else:

@@ -42,13 +42,14 @@ def a_run(tmp_path_factory):
     return out
 
 
-def tiny(method="dart", tokenizer=None, tied=False, says=(), **options):
+def tiny(method="dart", tokenizer=None, tied=False, says=(), family="llama", **options):
     """A method around a random model of two layers. says: a chain of ids; whatever stands before,
     the model writes behind each of them the next one. Without, it never writes <st> or EOS."""
     tokenizer = tokenizer or data.demo_tokenizer()
     given = dict(dtype="fp32", n_st=4, lora_rank=0, rem_rank=8, rem_alpha=2.0, max_new_tokens=24)
     options = dart.Options(method=method, **given | options)
     shape = dict(vocab_size=tokenizer.size, num_hidden_layers=2, tie_word_embeddings=tied)
+    shape["model_type"] = family
     torch.manual_seed(0)
     method = dart.build(options, tokenizer, dataclasses.replace(MODELS["demo"], **shape)).eval()
     model = method.model
@@ -168,27 +169,29 @@ def test_ask_answers_through_both_pathways(a_run, tmp_path, capsys):
     """Of standard input, questions that cannot be asked are named and counted."""
     evaluation.main(["--ckpt", str(a_run), "--ask", f"  {QUESTION} "])
     assert capsys.readouterr().out.startswith(f"{QUESTION}\n\n| answers through ")
-    content = f"{QUESTION}\r\n\n  \nzebra \x1b[2J?\n\xff\nann has 3 eggs ?".encode("latin-1")
+    content = f"{QUESTION}\r\n\n  \nzebra \x1b[2J?\n\xff\n{{}}\n"
+    content = (content + '{"question": "ann has\\n3 eggs ?"}').encode("latin-1")
     argv = [sys.executable, evaluation.__file__, "--ckpt", str(a_run), "--ask", "--json", "a.json"]
     done = subprocess.run(argv, input=content, capture_output=True, cwd=tmp_path)
     errors = done.stderr.decode().splitlines()
-    assert done.returncode == 2 and [error[:7] for error in errors] == ["error: "] * 3
-    assert "'zebra'" in errors[0] and errors[2] == "error: 2 of the questions could not be asked"
+    assert done.returncode == 2 and [error[:7] for error in errors] == ["error: "] * 4
+    assert "'zebra'" in errors[0] and "'question'" in errors[2]
+    assert errors[3] == "error: 3 of the questions could not be asked"
     rows, (method, _) = json.loads((tmp_path / "a.json").read_text()), dart.load_run(a_run)
     assert [row["pathway"] for row in rows] == ["st", "cot"] * 2
-    for row, question in zip(rows, [QUESTION] * 2 + ["ann has 3 eggs ?"] * 2):
+    for row, question in zip(rows, [QUESTION] * 2 + ["ann has\n3 eggs ?"] * 2):
         (answer,) = method.answer([question], row["pathway"])
-        assert (row["written"], row["passes"]) == answer and row["question"].strip() == question
+        assert (row["written"], row["passes"]) == answer and row["question"] == question
         assert row["answer"] == method.pathways[row["pathway"]].extract_answer(answer.text).strip()
 
 
 def test_ask_shows_hostile_text_harmlessly(capsys):
     tokenizer = Tokenizer.from_pretrained(FIXTURES / "tokenizer-gpt2")
     ids = tokenizer.encode("Answer:\x1b[31m|\n\r7", bos=False, eos=True)
-    method, options = tiny(tokenizer=tokenizer, says=ids), evaluation.Options(ask="?")
-    rows, refused = evaluation.ask(method, ["a|b \x1b[2J\x07?"], options)
+    method = tiny(tokenizer=tokenizer, says=ids)
+    rows = evaluation.ask(method, {"st": method.model}, "a|b \x1b[2J\x07?", 24)
     out = capsys.readouterr().out
-    assert rows[0]["written"] == "\x1b[31m|\n\r7" and refused == 0
+    assert rows[0]["written"] == "\x1b[31m|\n\r7"
     assert out.startswith("a\\|b \\x1b[2J\\x07?\n\n")
     assert r"| \x1b[31m\| 7 |" in out.replace("  ", "") and out.count("\n") == 7
     assert all(character.isprintable() or character == "\n" for character in out)
@@ -447,6 +450,18 @@ def test_export_reads_back_and_its_card_says_how_to_prompt(name, pathway, n_st, 
     exec(code.replace('"..."', repr(QUESTION)), {"DIRECTORY": str(hf)})
     (answer,) = method.answer([QUESTION], pathway)
     assert capsys.readouterr().out.splitlines()[-1] == answer.text.rpartition("Answer:")[2]
+
+
+def test_the_card_reads_texts_as_we_do_whatever_the_family(tmp_path):
+    """transformers' AutoTokenizer goes by the model's type: Qwen2's cuts words.json's otherwise."""
+    pytest.importorskip("transformers", reason="reads what was exported")
+    method = tiny(family="qwen2", model="bases/Small-1B")
+    hf = exported(method, tmp_path / "hf", "st")
+    card = (hf / "README.md").read_text()
+    code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1].replace('"..."', repr(QUESTION))
+    exec(code, found := {"DIRECTORY": str(hf)})
+    assert found["ids"][0].tolist() == prompt_ids(method, "st")
+    assert "base model was `Small-1B`" in card
 
 
 @pytest.mark.parametrize("name", ["codi", "coconut", "cot"])
