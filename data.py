@@ -150,7 +150,7 @@ def read_records(path, text):
 
 
 FIELDS = {  # the field that tells whose a record is -> all that such a record may have
-    "sQuestion": "sQuestion lSolutions lEquations lAlignments iIndex",  # MultiArith (Roy, Roth 2015)
+    "sQuestion": "sQuestion lSolutions lEquations lAlignments iIndex",  # MultiArith (Roy 2015)
     "Body": "Body Question Answer ID Equation Type",  # SVAMP (Patel et al. 2021)
     "input": "input target code",  # GSM-HARD (Gao et al. 2023)
     # GSM8K (Cobbe et al. 2021); CommonsenseQA-CoT (Shen et al. 2025); one's own; ProsQA (Hao et

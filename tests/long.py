@@ -1,4 +1,4 @@
-"""Kills at random moments, run by hand: python -m pytest tests/long.py (an hour on two cores).
+"""Kills at random moments, run by hand: python -m pytest tests/long.py (half an hour, two cores).
 
 A run is killed with SIGKILL again and again, each time resumed, until it ends. Its weights and its
 log must be those of a run that nothing happened to, to the last bit, and no process may be left.
@@ -26,8 +26,9 @@ RUNS = {  # options, processes, kills
     "dart": ("--steps 30", 1, 50),
     "icot": ("--method icot --steps 30 --removal_per_epoch 40 --remove_all_beyond 6", 1, 10),
     "coconut": ("--method coconut --steps 30 --epochs_per_stage 0.05 --max_stage 2", 1, 10),
-    "lora": (f"{LORA} --lora_rank 4 --rem_rank 4", 1, 10),
+    "lora in bf16": (f"{LORA} --lora_rank 4 --rem_rank 4", 1, 10),
     "two processes": ("--steps 30", 2, 10),
+    "comparison": ("--steps 30 --compare no-cot --jobs 2", 1, 5),
 }
 TIMES = ("seconds", "tokens_per_s", "peak_memory")
 
@@ -42,37 +43,49 @@ def start(out, words, processes):
     return subprocess.Popen(command, env=env, start_new_session=True, stdout=subprocess.DEVNULL)
 
 
-def log(out):
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+def left_of(directory):
+    """The processes that have the directory on their command line."""
+    table = subprocess.check_output(["ps", "-Aww", "-o", "args="], text=True)
+    return [line for line in table.splitlines() if str(directory) in line]
+
+
+def log(run):
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     return [{name: v for name, v in line.items() if name not in TIMES} for line in lines]
+
+
+def check_same(run, other):
+    assert log(run) == log(other)
+    for file in ("adapter", "best", "checkpoint"):
+        ours, theirs = (dart.load_weights(d / f"{file}.safetensors")[0] for d in (run, other))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours), file
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_killed_at_random_and_resumed_a_run_is_the_same(name, tmp_path):
     words, processes, kills = RUNS[name]
-    began, rng = time.monotonic(), random.Random(name)
-    assert start(tmp_path / "whole", words, processes).wait() == 0
+    began, rng, whole = time.monotonic(), random.Random(name), tmp_path / "whole"
+    assert start(whole, words, processes).wait() == 0
     usual, killed, turn = time.monotonic() - began, 0, 0
     while killed < kills:
         out, turn = tmp_path / str(turn), turn + 1
         while True:
             process = start(out, words, processes)
             try:
-                code = process.wait(timeout=rng.uniform(0.2, 1.0) * usual)
+                assert process.wait(timeout=rng.uniform(0.2, 1.0) * usual) == 0
+                break
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
+                if name == "comparison":  # its runs end by themselves
+                    process.kill()
+                else:
+                    os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
                 killed += 1
-                continue
-            assert code == 0
-            break
-        assert log(out) == log(tmp_path / "whole")
-        for file in ("adapter", "best", "checkpoint"):
-            ours, theirs = (
-                dart.load_weights(run / f"{file}.safetensors")[0]
-                for run in (out, tmp_path / "whole")
-            )
-            assert ours.keys() == theirs.keys()
-            assert all(torch.equal(ours[key], theirs[key]) for key in ours), file
-    table = subprocess.check_output(["ps", "-Aww", "-o", "args="], text=True)
-    assert not [line for line in table.splitlines() if str(tmp_path) in line]
+            ended = time.monotonic() + 60
+            while left_of(tmp_path):
+                assert time.monotonic() < ended
+                time.sleep(0.1)
+        for run in [path.parent for path in whole.rglob("adapter.safetensors")]:
+            check_same(out / run.relative_to(whole), run)
+    assert not left_of(tmp_path)
