@@ -374,8 +374,9 @@ def test_rows_of_a_suite_differ_as_they_should(suite, rows):
 
 
 def test_the_papers_figures_stand_beside_its_rows():
-    lines = [line.split() for line in train.PAPER.strip().splitlines()]
-    for suite, preset, name, *figures in lines:
-        assert preset in train.PRESETS and name in data.DATASETS
-        assert len(figures) == len(train.SUITES[suite])
-    assert lines[0][-1] == "42.6/37" and lines[4][4] == "42.6"
+    for suite, place, row in train.PAPER:
+        preset, name = place.split(":")
+        assert preset in train.PRESETS and name in data.DATASETS and row in train.SUITES[suite]
+    assert len(train.PAPER) == 7 * 4 + 8 + 3 * 2 + 2 * 3
+    assert train.PAPER["table1", "llama-3.2-1b:svamp", "DART"] == "50.5/35"
+    assert train.PAPER["table5", "gpt2:gsm8k-aug", "No-CoT"] == "16.2/18"
