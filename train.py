@@ -376,28 +376,24 @@ class Run:
         return Path(self.options.out)
 
 
-def prepare(options, device):
-    """The Run of some options, at its first step. device meta: without weights, to check them.
-    ValueError or OSError for what a user can mend; writes nothing."""
+def split_problems(options):
+    """(problems to train on, problems to validate on). Of a single file the last are held out."""
+    load = partial(data.load, options.data, seed=options.seed, data_dir=options.data_dir)
+    problems, n = load("train"), options.eval_size
+    if Path(options.data).is_file():
+        first = max(0, len(problems) - n)
+        return problems[:first], problems[first:]
+    return problems, load("valid")[:n] if n else []
+
+
+def build_method(options, device):
+    """The method around its model, with the first weights; device meta: without any."""
     if options.model not in MODELS and not Path(options.model).is_dir():
         fetch = f"hf download {options.model} --local-dir DIR"
         raise ValueError(f"--model {options.model}: no such directory; a hub's model: {fetch}")
-    load = partial(data.load, options.data, seed=options.seed, data_dir=options.data_dir)
-    problems = load("train")
-    if Path(options.data).is_file():  # the last ones are held out
-        n = max(0, len(problems) - options.eval_size)
-        problems, valid = problems[:n], problems[n:]
-    else:
-        valid = load("valid")[: options.eval_size] if options.eval_size else []
-    (rank, world), size = rank_and_world(), options.batch_size
-    if len(problems) < size or size % world:
-        raise ValueError(f"--batch_size {size}: {len(problems)} problems, {world} processes")
-    per_epoch = len(problems) // size
-    steps = options.steps or options.epochs * per_epoch
-    source = options.tokenizer or options.model
+    source, config = options.tokenizer or options.model, None
     demo = source == "demo"
     tokenizer = data.demo_tokenizer() if demo else data.Tokenizer.from_pretrained(source)
-    config = None
     if options.random_init or device == "meta":
         known = options.random_init and options.model in MODELS
         config = MODELS[options.model] if known else ModelConfig.from_pretrained(options.model)
@@ -406,22 +402,32 @@ def prepare(options, device):
     method.model.activation_checkpointing = options.activation_checkpointing
     if options.compile:
         method.model.compile_layers()
+    return method
+
+
+def prepare(options, device):
+    """The Run of some options, at its first step. device meta: without weights, to check them.
+    ValueError or OSError for what a user can mend; writes nothing."""
+    problems, valid = split_problems(options)
+    (rank, world), size = rank_and_world(), options.batch_size
+    if len(problems) < size or size % world:
+        raise ValueError(f"--batch_size {size}: {len(problems)} problems, {world} processes")
+    per_epoch = len(problems) // size
+    steps = options.steps or options.epochs * per_epoch
+    method = build_method(options, device)
     stage, last = method.stage(0, per_epoch), method.stage(steps - 1, per_epoch)
     if last not in (None, dart.FINAL_STAGE):
         raise ValueError(f"--method {options.method}: its schedule takes more than {steps} steps")
     examples = {}
     for name in method.pathways:
         pathway = method.training_pathway(name, stage, 0.0)
-        examples[name] = [pathway.example(problem, tokenizer) for problem in problems]
+        examples[name] = [pathway.example(problem, method.tokenizer) for problem in problems]
         if pathway.steps and empty_cots(problems, pathway.drop_last_step) == len(problems):
-            n = empty_cots(problems, False)
-            raise ValueError(
-                f"--data {options.data}: no problem has a CoT to learn, {n} no step "
-                "at all; --last_step keep would keep the last steps"
-            )
+            kept = len(problems) - empty_cots(problems, False)
+            raise ValueError(f"all CoTs are empty; with --last_step keep {kept} would not be")
     longest = max(len(example.ids) for some in examples.values() for example in some)
     evaluation.check_room(method, longest, valid, options.max_new_tokens)
-    fingerprint = dart.fingerprint(options, method.model, tokenizer)
+    fingerprint = dart.fingerprint(options, method.model, method.tokenizer)
     fingerprint = {name: value for name, value in fingerprint.items() if name not in FREE}
     fingerprint["data"] = hashlib.sha256(repr((problems, valid)).encode()).hexdigest()
     progress = Progress(flops=dict.fromkeys(method.pathways, 0.0))

@@ -148,7 +148,7 @@ def test_empty_cots_are_counted_and_nothing_but_them_is_refused(tmp_path, capsys
     train.main([*words, str(tmp_path / "run")])
     assert "6 of 16 CoTs are empty (2 with --last_step keep)" in capsys.readouterr().out
     write(*[1] * 14, 0, 0)
-    with pytest.raises(ValueError, match="no problem has a CoT to learn, 2 no step at all; --last"):
+    with pytest.raises(ValueError, match="all CoTs are empty; with --last_step keep 14"):
         train.main([*words, str(tmp_path / "other")])
     train.main([*words, str(tmp_path / "keep"), "--last_step", "keep"])
     train.main([*words, str(tmp_path / "no-cot"), "--method", "no-cot"])
