@@ -1072,6 +1072,8 @@ def run_program(main):
     """Runs a program. What a user can get wrong ends in one line, exit code 2; a reader of the
     output that has gone, quietly."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.stdin = sys.stdin or open(os.devnull)  # as by <&-
+    sys.stdout = sys.stdout or open(os.devnull, "w")
     try:
         main()
         sys.stdout.flush()

@@ -179,9 +179,10 @@ def read_options(argv):
         raise ValueError("--suite goes with neither --method, --compare nor --overwrite")
     if options.resume and options.overwrite:
         raise ValueError("--resume and --overwrite contradict each other")
+    names = {"", "demo", *data.DATASETS, *(MODELS if options.random_init else ())}
     for name in dart.PATHS:  # to be found from anywhere
         value = getattr(options, name)
-        if value and Path(value).exists():
+        if value not in names and Path(value).exists():
             setattr(options, name, str(Path(value).resolve()))
     return options
 

@@ -185,6 +185,16 @@ def test_ask_answers_through_both_pathways(a_run, tmp_path, capsys):
         assert row["answer"] == method.pathways[row["pathway"]].extract_answer(answer.text).strip()
 
 
+@pytest.mark.parametrize("closed, code", [("<&-", 0), (">&-", 0), ("| true", 1), (">/dev/full", 2)])
+def test_standard_streams_may_be_closed_or_full(a_run, closed, code):
+    words = f"{sys.executable} eval.py --ckpt {a_run} --ask {closed}; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(
+        ["bash", "-c", words], input=QUESTION, cwd=ROOT, text=True, capture_output=True
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (code, code // 2), done
+    assert done.stdout == ""
+
+
 def test_ask_shows_hostile_text_harmlessly(capsys):
     tokenizer = Tokenizer.from_pretrained(FIXTURES / "tokenizer-gpt2")
     ids = tokenizer.encode("Answer:\x1b[31m|\n\r7", bos=False, eos=True)

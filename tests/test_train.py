@@ -99,6 +99,15 @@ def test_options_that_are_wrong_are_refused(words, message):
         train.read_options(words.split())
 
 
+def test_a_directory_does_not_hide_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("demo", "svamp", "own"):
+        (tmp_path / name).mkdir()
+    found = [options("--data", name).data for name in ("demo", "svamp", "own", "./svamp")]
+    assert found == ["demo", "svamp", str(tmp_path / "own"), str(tmp_path / "svamp")]
+    assert options().model == "demo" and options().tokenizer == "demo"
+
+
 def test_learning_rate_warms_up_and_falls_as_half_a_cosine():
     chosen = options("--lr", "1", "--warmup", "0.1")
     rates = [train.learning_rate(chosen, step, 100) for step in range(100)]
