@@ -26,8 +26,11 @@ def hugging_face_model(model):
     names = {
         name: name if name == "lm_head" else f"model.{name}" for name, _ in model.named_parameters()
     }
-    state = {names[name] + ("" if name.endswith("weight") else ".weight"): p for name, p in model.named_parameters()
-             if name != "new_embeddings"}  # fmt: skip
+    state = {
+        names[name] + ("" if name.endswith("weight") else ".weight"): p
+        for name, p in model.named_parameters()
+        if name != "new_embeddings"
+    }
     missing, odd = theirs.load_state_dict(state, strict=False)
     assert not odd and set(missing) <= {"lm_head.weight"}, (missing, odd)
     return theirs
@@ -83,8 +86,12 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     config = SMALL if options.model == "small" else MODELS[options.model]
-    config = dataclasses.replace(config, max_position_embeddings=4096, tie_word_embeddings=True,
-                                 vocab_size=max(config.vocab_size, 2048))  # fmt: skip
+    config = dataclasses.replace(
+        config,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        vocab_size=max(config.vocab_size, 2048),
+    )
     problems, dtype = data.read_problems(Path(options.data)), dart.DTYPES[options.dtype]
     problems = problems[: max(options.questions, 64 * options.batches)]
     tokenizer = Modulo(data.Tokenizer.from_pretrained(options.tokenizer), config.vocab_size)
@@ -94,8 +101,11 @@ def main():
     model.merged = None  # with neither LoRA nor REM both pathways have the same weights
     if options.compile:
         model.forward = torch.compile(model.forward, dynamic=True)
-    pathways = {"DART": dart.Pathway(n_silent=20, special_ids=tokenizer.reserved, silent=True), "No-CoT": dart.Pathway(),
-                "CoT": dart.Pathway(steps=True)}  # fmt: skip
+    pathways = {
+        "DART": dart.Pathway(n_silent=20, special_ids=tokenizer.reserved, silent=True),
+        "No-CoT": dart.Pathway(),
+        "CoT": dart.Pathway(steps=True),
+    }
     steps = [
         len(tokenizer.encode(" ".join(p.steps), bos=False, eos=False, continued=True))
         for p in problems
@@ -134,19 +144,28 @@ def main():
                     ways["generate" if who == "sorted" else who](batches[i % len(batches)])
                     seconds[who] += [synchronised(options.device) - start] * (i >= 0)
             mine = 1e3 * statistics.mean(seconds["ours"])
-            row = {"batch": size, "method": name, "passes": new[name], "ms": 1e3 * statistics.median(seconds["ours"]),
-                   "p90": 1e3 * statistics.quantiles(seconds["ours"], n=10)[-1], "mean": mine,
-                   "generate / ours": 1e3 * statistics.mean(seconds["generate"]) / mine,
-                   "sorted generate / ours": 1e3 * statistics.mean(seconds["sorted"]) / mine,
-                   "floor": 1e3 * new[name] * weights / rate}  # fmt: skip
+            row = {
+                "batch": size,
+                "method": name,
+                "passes": new[name],
+                "ms": 1e3 * statistics.median(seconds["ours"]),
+                "p90": 1e3 * statistics.quantiles(seconds["ours"], n=10)[-1],
+                "mean": mine,
+                "generate / ours": 1e3 * statistics.mean(seconds["generate"]) / mine,
+                "sorted generate / ours": 1e3 * statistics.mean(seconds["sorted"]) / mine,
+                "floor": 1e3 * new[name] * weights / rate,
+            }
             results.append(row)
             table.append(
                 {k: f"{v:.2f}" if isinstance(v, float) else str(v) for k, v in row.items()}
             )
     print(evaluation.table(table, {key: (key, str) for key in table[0]}))
     of = {(row["method"], row["batch"]): row["mean"] for row in results}
-    ratios = {f"{a} / {b}, batch {size}": of[a, size] / of[b, size] for size in sizes
-              for a, b in (("DART", "No-CoT"), ("CoT", "DART"))}  # fmt: skip
+    ratios = {
+        f"{a} / {b}, batch {size}": of[a, size] / of[b, size]
+        for size in sizes
+        for a, b in (("DART", "No-CoT"), ("CoT", "DART"))
+    }
     print(", ".join(f"{name}: {ratio:.2f}" for name, ratio in ratios.items()))
     print(
         json.dumps(

@@ -53,19 +53,30 @@ def hugging_face(config):
     rope = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.rope_scaling:
         rope |= {"rope_type": "llama3", **config.rope_scaling}
-    return LlamaForCausalLM(LlamaConfig(
-        vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_hidden_layers, num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_key_value_heads, head_dim=config.head_dim, rms_norm_eps=config.norm_eps,
-        tie_word_embeddings=config.tie_word_embeddings, rope_parameters=rope,
-        max_position_embeddings=config.max_position_embeddings, attn_implementation="sdpa"))  # fmt: skip
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            rms_norm_eps=config.norm_eps,
+            tie_word_embeddings=config.tie_word_embeddings,
+            rope_parameters=rope,
+            max_position_embeddings=config.max_position_embeddings,
+            attn_implementation="sdpa",
+        )
+    )
 
 
 class Ours:
     def __init__(self, options, config, tokenizer, problems, **more):
         recipe = dict(batch_size=options.rows, micro_batch_size=options.rows, dtype=options.dtype)
         recipe |= dict(lora_dropout=options.dropout, preset="llama-3.2-1b") | more
-        self.options, cls = train.Options(**train.PRESETS["llama-3.2-1b"] | recipe), dart.DART
+        preset = train.read_options(["--preset", "llama-3.2-1b", "--model", "none"])
+        self.options, cls = dataclasses.replace(preset, **recipe), dart.DART
         torch.manual_seed(0)
         adapters = cls.adapters(tokenizer, self.options)
         self.model = Transformer(config, adapters, dart.DTYPES[options.dtype], options.device)
@@ -117,9 +128,15 @@ class Ordinary:
         self.device, bf16 = source.device, ours.options.dtype == "bf16"
         self.model = hugging_face(source.config)
         self.model.to(self.device, torch.bfloat16 if bf16 else torch.float32)
-        self.model = get_peft_model(self.model, LoraConfig(
-            r=self.options.lora_rank, lora_alpha=self.options.lora_alpha, lora_dropout=self.options.lora_dropout,
-            target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]))  # fmt: skip
+        self.model = get_peft_model(
+            self.model,
+            LoraConfig(
+                r=self.options.lora_rank,
+                lora_alpha=self.options.lora_alpha,
+                lora_dropout=self.options.lora_dropout,
+                target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+            ),
+        )
         self.autocast = torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=bf16)
         self.silent, self.rem, self.last = False, torch.nn.ParameterDict(), None
         theirs = dict(self.model.named_parameters())
@@ -213,8 +230,13 @@ class Ordinary:
 
     def gradients(self):
         found = {name: p.grad for name, p in self.model.named_parameters()}
-        return {name: self.rem[name.replace(".", "/")].grad if name.endswith(("r1", "r2")) else found[self.name(name)]
-                for name, p in self.run.model.named_parameters() if p.requires_grad}  # fmt: skip
+        return {
+            name: self.rem[name.replace(".", "/")].grad
+            if name.endswith(("r1", "r2"))
+            else found[self.name(name)]
+            for name, p in self.run.model.named_parameters()
+            if p.requires_grad
+        }
 
 
 def check(ours, ordinary, batch):

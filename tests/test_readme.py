@@ -94,11 +94,10 @@ def test_the_functions_of_the_equations_run_in_training():
 
 
 def test_methods_are_added_as_shown(monkeypatch):
-    (code,) = [code for code in CODE if "class SilentOnly" in code]
+    (code,) = [code for code in CODE if "class Wider" in code]
     monkeypatch.setattr(dart, "METHODS", dict(dart.METHODS))
     exec(code, {})
-    alone, wider = make_method("silent-only"), make_method("wider")
-    assert list(training_step(alone, PROBLEMS)) == ["st"]
+    wider = make_method("wider")
     assert list(training_step(wider, PROBLEMS)) == ["cot", "st", "distill"]
     assert wider.model.layers[0].self_attn.q_proj.rem.r2.grad.norm() > 0
     for question, n in (("sam has 7 pens ?", 1), ("sam has 7 pens gets 5 packs of 4 ?", 3)):
