@@ -1,11 +1,12 @@
 """The time to an answer: ours beside `transformers.generate`, on the same weights and prompts.
 
-    python tests/bench_answer.py --data FILE --tokenizer DIR [--model small] [--dtype bf16] [--compile]
+    python tests/bench_answer.py --data FILE --tokenizer DIR [--model small] [--dtype bf16]
 
-FILE: problems in GSM8K-Aug's format. The weights are random, so the lengths of answers are given: two tokens, for CoT as many more
-as the mean CoT and the separator have. First both must write the same tokens (in fp32); then they take turns. Milliseconds are
-those of a batch; the floor is the bytes of the weights times the passes, at the rate at which this machine reads memory. The last
-line is JSON.
+FILE: problems in GSM8K-Aug's format. The weights are random, so the lengths of answers are given:
+two tokens, for CoT as many more as the mean CoT and the separator have. First both must write the
+same tokens (in fp32); then they take turns. Milliseconds are those of a batch; the floor is the
+bytes of the weights times the passes, at the rate at which this machine reads memory. The last line
+is JSON.
 """
 
 import argparse
@@ -38,6 +39,7 @@ def hugging_face_model(model):
 
 def generate(model, prompts, eos_id, new):
     """Greedy decoding by `generate`, padded on the left."""
+    prompts = [prompt.ids.tolist() for prompt in prompts]
     T = max(map(len, prompts))
     ids = torch.tensor(
         [[eos_id] * (T - len(prompt)) + prompt for prompt in prompts], device=model.device
@@ -118,7 +120,7 @@ def main():
         asked = problems[: options.questions if size == 1 else 64 * options.batches]
         for name, pathway in pathways.items():
             prompts = [pathway.prompt(problem.question, tokenizer) for problem in asked]
-            by_length = sorted(prompts, key=len)
+            by_length = sorted(prompts, key=lambda prompt: len(prompt.ids))
             mixed, sorted_ = (
                 [some[i : i + size] for i in range(0, len(some), size)]
                 for some in (prompts, by_length)
@@ -135,7 +137,8 @@ def main():
                 assert options.dtype != "fp32" or found == ways["generate"](batch), (
                     f"{name}, batch {size}: not the same tokens"
                 )
-            # ours takes questions of about one length together, as `dart.answer` does; `generate` as they come, and sorted
+            # Ours takes questions of about one length together, as `dart.answer` does; `generate`
+            # as they come, and sorted.
             runs = {"ours": sorted_, "generate": mixed, "sorted": sorted_}
             seconds = {who: [] for who in runs}
             for i in range(-2, len(mixed)):
