@@ -389,9 +389,6 @@ def split_problems(options):
 
 def build_method(options, device):
     """The method around its model, with the first weights; device meta: without any."""
-    if options.model not in MODELS and not Path(options.model).is_dir():
-        fetch = f"hf download {options.model} --local-dir DIR"
-        raise ValueError(f"--model {options.model}: no such directory; a hub's model: {fetch}")
     source, config = options.tokenizer or options.model, None
     demo = source == "demo"
     tokenizer = data.demo_tokenizer() if demo else data.Tokenizer.from_pretrained(source)
@@ -409,6 +406,9 @@ def build_method(options, device):
 def prepare(options, device):
     """The Run of some options, at its first step. device meta: without weights, to check them.
     ValueError or OSError for what a user can mend; writes nothing."""
+    if options.model not in MODELS and not Path(options.model).is_dir():
+        fetch = f"hf download {options.model} --local-dir DIR"
+        raise ValueError(f"--model {options.model}: no such directory; a hub's model: {fetch}")
     problems, valid = split_problems(options)
     (rank, world), size = rank_and_world(), options.batch_size
     if len(problems) < size or size % world:

@@ -442,7 +442,7 @@ def test_what_is_wrong_is_one_line_and_exit_code_2(run, tmp_path):
     for more, words in (
         (["--no_such_option"], ["--no_such_option"]),
         (["--data", str(tmp_path)], ["train.jsonl:1", "answer"]),
-        (["--data", "demo", "--preset", "gpt2", "--model", "/no"], ["/no"]),
+        (["--preset", "gpt2", "--model", "openai/gpt2"], ["hf download openai/gpt2"]),
     ):
         assert run(tmp_path / "run", *more).refused(*words)
 
