@@ -105,8 +105,8 @@ PRESETS = {
     "gpt2": "--epochs 40 --lr 2e-3",
     "gpt2 codi": "--lr 3e-3 --distill_weight 1",
     "demo": """--model demo --tokenizer demo --data demo --random_init --dtype fp32 --jobs 0
-        --compare no-cot pause --steps 1500 --batch_size 64 --lr 3e-3 --weight_decay 1 --beta2 0.98
-        --grad_clip 1 --lora_rank 0 --rem_rank 32 --n_st 4 --n_latents 4 --max_stage 2
+        --compare no-cot pause --steps 3000 --batch_size 64 --lr 3e-3 --weight_decay 1 --beta2 0.98
+        --grad_clip 1 --lora_rank 0 --rem_rank 32 --n_st 8 --n_latents 4 --max_stage 2
         --epochs_per_stage 12 --removal_per_epoch 0.3 --remove_all_beyond 14 --distill_weight 5
         --log_every 50 --eval_every 500 --max_new_tokens 24""",
     "demo codi": "--distill_weight 20",

@@ -65,7 +65,7 @@ def assert_same_run(out, other):
         ("--preset gpt2", dict(lr=2e-3, epochs=40)),
         ("--preset gpt2 --method codi", dict(lr=3e-3, distill_weight=1.0)),
         ("--preset gpt2 --lr 1e-4", dict(lr=1e-4)),
-        ("", dict(method="dart", lr=3e-3, steps=1500, lora_rank=0, compare=("no-cot", "pause"))),
+        ("", dict(method="dart", lr=3e-3, steps=3000, lora_rank=0, compare=("no-cot", "pause"))),
         ("--epochs 3", dict(epochs=3, steps=0)),
         ("--method icot", dict(lr=2e-3, removal_per_epoch=0.3)),
     ],
