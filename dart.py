@@ -20,6 +20,7 @@ B examples in a batch, K learned tokens in it, V vocabulary.
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -77,6 +78,7 @@ class Options:
     latents_per_step: int = option(2, "thoughts for each step that is left out (coconut)", low=1)
     max_stage: int = option(3, "steps left out, one a stage, before all are (coconut)", low=1)
     epochs_per_stage: float = option(3.0, "epochs of a stage (coconut)", low=1e-3)
+    cot_epochs: float = option(0.0, "of stage 0, CoT; 0: as of the others (coconut)")
     removal_per_epoch: float = option(8.0, "CoT tokens removed in an epoch (icot)", low=1e-3)
     removal_smoothing: float = option(4.0, "P(k more are) falls as exp(-this k); 0: none (icot)")
     remove_all_beyond: int = option(39, "removed tokens from which on all are removed (icot)")
@@ -486,12 +488,14 @@ class Coconut(Method):
     """Continuous thoughts (Hao et al. 2024): Q | <bot> | c k thoughts | <eot> | steps but the first
     k | Answer: | Y EOS. k grows by one at each stage; in the end all steps are left out."""
 
-    uses = ("last_step", "latents_per_step", "max_stage", "epochs_per_stage")
+    uses = ("last_step", "latents_per_step", "max_stage", "epochs_per_stage", "cot_epochs")
     n_special_tokens = 2
     trains_special_tokens = True
 
     def stage(self, step, steps_per_epoch):
-        k = int(step / steps_per_epoch / self.options.epochs_per_stage)
+        epochs = self.options.epochs_per_stage
+        later = step / steps_per_epoch - (self.options.cot_epochs or epochs)
+        k = 1 + math.floor(later / epochs) if later >= 0 else 0
         return k if k <= self.options.max_stage else FINAL_STAGE
 
     def training_pathway(self, name, stage, u):
@@ -626,8 +630,9 @@ def read_run(directory):
         raise FileNotFoundError(f"{directory}: not a run of train.py: there is no config.json")
     saved = read_json(path)
     try:
-        names = [field.name for field in dataclasses.fields(Options)]
-        options = check_options(Options(**{name: saved["options"][name] for name in names}))
+        names = {field.name for field in dataclasses.fields(Options)}
+        given = {name: value for name, value in saved["options"].items() if name in names}
+        options = check_options(Options(**given))
         saved["run"] = dict(saved["run"])
         return options, ModelConfig(**saved["model_config"]), saved
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -97,13 +97,20 @@ FREE = ("out", "resume", "overwrite", "compare", "suite", "seeds", "jobs", "test
 FREE += ("preset", "micro_batch_size", "activation_checkpointing", "compile", "save_every")
 
 # Recipes are words of a command line; behind the preset's come those of "PRESET METHOD".
-# The built-in task trains all weights of a tiny model: there is nothing pretrained to freeze.
+# Coconut and iCoT train all weights, as in the paper (Section 4.2), at constant rates like their
+# authors': 1e-5 on models of 1 B (Shen et al. 2025), on GPT-2 1e-4 (Hao et al. 2024) and 5e-5
+# (Deng et al. 2024). Coconut learns CoT alone for half of its epochs.
+FULL = "--lora_rank 0 --schedule constant --weight_decay 0.01 "
+COCONUT = FULL + "--lr 1e-5 --cot_epochs 5 --epochs_per_stage 1"
 PRESETS = {
-    "llama-3.2-1b": "--epochs 10 --lr 8e-4 --epochs_per_stage 2",  # Coconut's fit into 10 epochs
-    "llama-3.2-3b": "--epochs 10 --lr 5e-4 --epochs_per_stage 2",
-    "qwen2.5-1.5b": "--epochs 10 --lr 5e-4 --epochs_per_stage 2",
+    "llama-3.2-1b": "--epochs 10 --lr 8e-4",
+    "llama-3.2-3b": "--epochs 10 --lr 5e-4",
+    "qwen2.5-1.5b": "--epochs 10 --lr 5e-4",
     "gpt2": "--epochs 40 --lr 2e-3",
     "gpt2 codi": "--lr 3e-3 --distill_weight 1",
+    "gpt2 coconut": FULL + "--lr 1e-4 --cot_epochs 20 --epochs_per_stage 3",
+    "gpt2 icot": FULL + "--lr 5e-5",
+    # The built-in task trains all weights of a tiny model: there is nothing pretrained to freeze.
     "demo": """--model demo --tokenizer demo --data demo --random_init --dtype fp32 --jobs 0
         --compare no-cot pause --steps 3000 --batch_size 64 --lr 3e-3 --weight_decay 1 --beta2 0.98
         --grad_clip 1 --lora_rank 0 --rem_rank 32 --n_st 8 --n_latents 4 --max_stage 2
@@ -113,6 +120,8 @@ PRESETS = {
     "demo coconut": "--lr 1e-3",
     "demo icot": "--lr 2e-3",
 }
+for preset in ("llama-3.2-1b", "llama-3.2-3b", "qwen2.5-1.5b"):
+    PRESETS |= {f"{preset} coconut": COCONUT, f"{preset} icot": FULL + "--lr 1e-5"}
 # The rows of the paper's tables, the options that make them, and the paper's accuracies in %, after
 # a slash ms on an A10, for each base model and data set.
 TABLES = """

@@ -185,6 +185,9 @@ def test_stages_of_icot_and_coconut_come_at_regular_intervals():
     method = make("coconut", max_stage=3, epochs_per_stage=2.0)
     stages = [method.stage(i, 10) for i in (0, 19, 20, 39, 40, 79, 80)]
     assert stages == [0, 0, 1, 1, 2, 3, END] and make().stage(5, 10) is None
+    method = make("coconut", max_stage=3, epochs_per_stage=2.0, cot_epochs=5.0)
+    stages = [method.stage(i, 10) for i in (0, 49, 50, 69, 70, 109, 110)]
+    assert stages == [0, 0, 1, 1, 2, 3, END]
 
 
 def test_icot_smoothing_is_exponential():
@@ -551,6 +554,7 @@ def test_load_weights_sees_an_old_or_a_new_file_as_a_whole(tmp_path):
 OTHERS = dict(n_st=2, rem_rank=3, rem_alpha=1.0, rem_is_lora=True)
 OTHERS |= dict(distill_weight=0.5, distill_norm="l1-sum", distill_at="y_1", attach_teacher=True)
 OTHERS |= dict(n_latents=3, latents_per_step=1, max_stage=1, epochs_per_stage=0.5)
+OTHERS |= dict(cot_epochs=1.0)
 OTHERS |= dict(removal_per_epoch=2.0, removal_smoothing=1.0, remove_all_beyond=4)
 
 

@@ -25,7 +25,7 @@ TOKENIZER = data.demo_tokenizer()
 
 def make_method(name="dart", **changes):
     torch.manual_seed(0)
-    recipe = dict(random_init=True, lora_rank=0, rem_rank=4, n_st=4, dtype="fp32") | changes
+    recipe = dict(random_init=True, lora_rank=0, rem_rank=4, n_st=8, dtype="fp32") | changes
     method = dart.build(dart.Options(method=name, **recipe), TOKENIZER, model.MODELS["demo"])
     for parameter_name, p in method.named_parameters():
         if parameter_name.endswith("r2"):  # else REM is still the identity

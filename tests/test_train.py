@@ -1,5 +1,6 @@
 """train.py: options, schedule, order and random numbers, steps, resumption, processes, tables."""
 
+import argparse
 import dataclasses
 import json
 import math
@@ -53,6 +54,9 @@ def assert_same_run(out, other):
 # ------------------------------------------------------------------------------------- options
 
 
+FULL = dict(lora_rank=0, schedule="constant", weight_decay=0.01)
+
+
 @pytest.mark.parametrize(
     "words, want",
     [
@@ -65,6 +69,13 @@ def assert_same_run(out, other):
         ("--preset gpt2", dict(lr=2e-3, epochs=40)),
         ("--preset gpt2 --method codi", dict(lr=3e-3, distill_weight=1.0)),
         ("--preset gpt2 --lr 1e-4", dict(lr=1e-4)),
+        # Coconut's authors train all weights at 1e-4 and decay 0.01, 25 epochs of CoT before (GPT-2,
+        # Hao et al. 2024), on 1 B models 1e-5 (Shen et al. 2025); iCoT's at 5e-5 (GPT-2), 1e-5 (7 B).
+        ("--preset gpt2 --method coconut", FULL | dict(lr=1e-4, cot_epochs=20.0)),
+        ("--preset gpt2 --method icot", FULL | dict(lr=5e-5)),
+        ("--preset llama-3.2-1b --method coconut", FULL | dict(lr=1e-5, cot_epochs=5.0)),
+        ("--preset llama-3.2-1b --method icot", FULL | dict(lr=1e-5, remove_all_beyond=39)),
+        ("--preset llama-3.2-1b --suite table1", dict(lora_rank=128, schedule="cosine")),
         ("", dict(method="dart", lr=3e-3, steps=3000, lora_rank=0, compare=("no-cot", "pause"))),
         ("--epochs 3", dict(epochs=3, steps=0)),
         ("--method icot", dict(lr=2e-3, removal_per_epoch=0.3)),
@@ -369,6 +380,18 @@ def test_a_suite_goes_on_where_it_was_stopped(tmp_path, capsys):
     (rows,) = json.loads((out / "table.json").read_text()).values()
     assert [row["row"] for row in rows] == ["No-CoT", "DART", "DART"]
     assert all(row["n"] == 18 and "exact_sd" in row for row in rows)
+
+
+@pytest.mark.parametrize("preset", ["llama-3.2-1b", "llama-3.2-3b", "qwen2.5-1.5b", "gpt2"])
+def test_coconut_and_icot_end_with_all_steps_left_out_and_time_to_learn_it(preset):
+    """A fifth of Coconut's epochs or more, and half of iCoT's, at the full learning rate."""
+    for method, share in (("coconut", 0.2), ("icot", 0.5)):
+        words = ["--preset", preset, "--model", "x", "--method", method]
+        chosen, cls = train.read_options(words), dart.METHODS[method]
+        named = argparse.Namespace(options=chosen)
+        stages = [cls.stage(named, 100 * epoch, 100) for epoch in range(chosen.epochs)]
+        assert stages[0] == 0 and stages.count(dart.FINAL_STAGE) >= share * chosen.epochs
+        assert train.learning_rate(chosen, 10**6 - 1, 10**6) == chosen.lr
 
 
 @pytest.mark.parametrize("suite, rows", [("table1", 7), ("table3", 8), ("figure2", 10)])
