@@ -166,6 +166,9 @@ def test_layout_where_the_tokenizer_would_merge_across_the_seams(pattern):
     sentences = Problem("b?", ["a is b.", "b is c."], "a.")
     z, y = learned("a _ i s _ b . _ b _ i s _ c . A n s w e r :"), learned("a . <eos>")
     assert layout(full, sentences, tokenizer) == f"{bos}b ? {z}* {y}"
+    statement = sentences._replace(question="a is b.")  # the separator stands right behind it
+    want = f"{bos}a _ i s _ b . A n s w e r :* {y}"
+    assert layout(dart.Pathway(), statement, tokenizer) == want
 
 
 @pytest.mark.parametrize("name, n, frozen", [("dart", 1, 1), ("pause", 1, 0), ("codi", 2, 1)])
@@ -175,6 +178,16 @@ def test_special_tokens_are_in_reserve_or_new_embeddings(name, n, frozen):
         adapters = dart.METHODS[name].adapters(tokenizer, dart.Options(lora_rank=lora_rank))
         assert adapters.new_embeddings == (0 if frozen and n_reserved == n else n)
         assert adapters.train_new_embeddings == (not frozen or lora_rank == 0)
+
+
+@pytest.mark.parametrize("rem_is_lora", [False, True])
+def test_adapters_have_the_ranks_scales_and_dropout_of_the_options(rem_is_lora):
+    rates = dict(lora_rank=5, lora_alpha=7.0, lora_dropout=0.3, rem_rank=4, rem_alpha=6.0)
+    k = make(**rates, rem_is_lora=rem_is_lora).model.layers[1].self_attn.k_proj
+    rem = k.silent_lora if rem_is_lora else k.rem
+    for adapter, scale, rank in ((k.lora, 7 / 5, 5), (rem, 6 / 4, 4)):
+        assert adapter.scale == scale and {min(p.shape) for p in adapter.parameters()} == {rank}
+        assert getattr(adapter, "dropout", 0.3) == 0.3  # REM has none
 
 
 def test_stages_of_icot_and_coconut_come_at_regular_intervals():

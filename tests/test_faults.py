@@ -217,6 +217,29 @@ def test_a_second_sigint_ends_at_once(run, tmp_path):
     assert saved_step(tmp_path / "run") == 4 and log(tmp_path / "run")[-1]["step"] == 4
 
 
+def test_a_signal_when_a_run_is_done_keeps_the_next_one_from_starting(run, tmp_path):
+    fault = At("os.rename", "result.json.tmp", 1, partial(signal.raise_signal, signal.SIGTERM))
+    ended = run(tmp_path / "run", "--compare", "no-cot", "--jobs", "1", fault=fault)
+    assert (ended.code, ended.errors) == (143, "error: SIGTERM when a run was trained\n")
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock", "no-cot"}
+
+
+def terminate_rank_1():
+    if os.environ["RANK"] == "1":
+        signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_signal_to_one_process_stops_all_and_saves(run, tmp_path):
+    run(tmp_path / "run", fault=At("open", "log.jsonl", 5, terminate_rank_1), processes=2)
+    assert saved_step(tmp_path / "run") == log(tmp_path / "run")[-1]["step"] == 5
+
+
+def test_a_half_written_line_of_the_log_is_cut_off(run, copy, whole):
+    with open(copy / "log.jsonl", "a") as file:
+        file.write('{"step": 6, "co')
+    assert run(copy, *LORA, "--resume").code == 0 and same(copy, whole)
+
+
 def test_a_kill_while_a_run_is_replaced_leaves_no_result_of_another(run, copy, whole):
     shutil.copy(whole / "result.json", copy)
     more = ["--lr", "1e-3", "--overwrite"]
@@ -373,6 +396,17 @@ def test_two_commands_cannot_be_in_one_directory(run, copy, whole):
         ended = run(copy, "--compare", "no-cot", "--overwrite")
     assert ended.refused("no-cot: another process is training in it")
     assert contents(copy) == before
+
+
+def test_a_lock_lasts_as_long_as_the_processes_started_under_it(tmp_path):
+    handle = train.lock(tmp_path)
+    child = subprocess.Popen(["sleep", "600"], close_fds=False)
+    os.close(handle)
+    with pytest.raises(ValueError, match="another process is training in it"):
+        train.lock(tmp_path)
+    child.kill()
+    child.wait()
+    os.close(train.lock(tmp_path))
 
 
 @pytest.mark.parametrize("more", [[], ["--overwrite"], ["--resume"]])

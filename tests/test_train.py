@@ -199,6 +199,43 @@ def test_dropout_has_another_seed_in_every_step_and_micro_batch():
     assert len(set(seeds)) == len(seeds) == 10
 
 
+def test_every_pass_begins_with_the_seed_of_its_micro_batch(tmp_path, monkeypatch):
+    """In training mode, also behind a validation."""
+    seen, forward = [], dart.Method.forward
+
+    def note(method, pathway, batch):
+        seen.append((pathway, torch.initial_seed(), method.model.training))
+        return forward(method, pathway, batch)
+
+    monkeypatch.setattr(dart.Method, "forward", note)
+    words = ["--steps", "3", "--micro_batch_size", "4", "--eval_every", "1"]
+    main(tmp_path / "run", *words)
+    run, want = prepared(*words), []
+    for step, indices in zip(range(1, 4), train.global_batches(run)):
+        seeds = [micro.seed for micro in train.micro_batches(run, step, indices)]
+        want += [(pathway, seed, True) for pathway in ("cot", "st") for seed in seeds]
+    assert seen == want
+
+
+def test_micro_batches_hold_the_examples_of_their_stage():
+    """Here iCoT removes one token more in each step, and from the fourth on all but `Answer:`. How
+    many more they are in some examples differs from step to step."""
+    words = "--method icot --removal_per_epoch 227 --remove_all_beyond 3".split()
+
+    def removed(run, step):
+        (micro,) = train.micro_batches(run, step, range(8))
+        lengths = micro.batches["icot"].lengths.tolist()
+        return [len(e.ids) - n for e, n in zip(run.examples["icot"], lengths)]
+
+    run = prepared(*words, "--removal_smoothing", "0")
+    all_tokens = [e.y_start - e.z_start - 2 for e in run.examples["icot"][:8]]
+    want = [8 * [0], 8 * [1], 8 * [2], all_tokens]
+    assert [removed(run, step) for step in (1, 2, 3, 4)] == want
+    run = prepared(*words, "--removal_smoothing", "0.3")
+    ahead = [[n - step + 1 for n in removed(run, step)] for step in (1, 2, 3)]
+    assert min(sum(ahead, [])) >= 0 and ahead[0] != ahead[1] != ahead[2]
+
+
 def test_global_batches_go_on_where_a_run_stopped():
     run = prepared("--steps", "500")
     batches = [batch.tolist() for batch in train.global_batches(run)]
@@ -281,11 +318,14 @@ def test_best_weights_are_those_of_the_best_validation(tmp_path):
 # ---------------------------------------------------------------------------------- resumption
 
 ICOT = "--method icot --removal_per_epoch 40 --remove_all_beyond 3 --steps 20"
+ANEW = "--method icot --removal_per_epoch 227 --remove_all_beyond 1 --steps 6"  # at step 2
 LORA = f"--preset llama-3.2-1b --model {FIXTURES / 'llama'} --tokenizer demo --data demo"
 LORA += " --lora_rank 4 --rem_rank 4 --n_st 2 --dtype bf16 --lora_dropout 0.3 --steps 6"
 
 
-@pytest.mark.parametrize("words", ["--steps 6", ICOT, LORA], ids=["dart", "icot", "lora-bf16"])
+@pytest.mark.parametrize(
+    "words", ["--steps 6", ICOT, ANEW, LORA], ids=["dart", "icot", "optimizer-anew", "lora-bf16"]
+)
 def test_a_resumed_run_is_the_same_to_the_last_bit(tmp_path, monkeypatch, words):
     """It stops after three steps, of which the last one is not in a checkpoint."""
     words = [*words.split(), "--eval_every", "5", "--save_every", "2"]
@@ -403,6 +443,41 @@ def test_rows_of_a_suite_differ_as_they_should(suite, rows):
         words = train.SUITES[suite][row].split()
         alone = train.read_options([*words, f"--out={one.out}", "--resume"])
         assert one == dataclasses.replace(alone, compare=())
+
+
+def test_seeds_of_a_suite_are_counted_up_from_the_one_given():
+    words = ["--suite", "table5", "--seed", "7", "--seeds", "3"]
+    for commands in train.plan(train.read_options(words), words).values():
+        runs = [train.read_options(command) for command in commands]
+        assert [(one.seed, Path(one.out).name) for one in runs] == [(7, "7"), (8, "8"), (9, "9")]
+
+
+def test_tables_hold_means_over_seeds_and_the_papers_figures(tmp_path, monkeypatch):
+    """The latter beside the ST pathway. `train` is the accuracy on some training problems."""
+    exact = {"st test": 0.4, "st train": 0.6, "cot test": 0.7, "cot train": 0.9}
+    words = "--preset gpt2 --model /base --suite table5 --data gsm8k-aug --seeds 2".split()
+    words += ["--out", str(tmp_path)]
+    chosen = train.read_options(words)
+    (commands,) = [some for row, some in train.plan(chosen, words).items() if row == "DART"]
+    runs = [train.read_options(command) for command in commands]
+    for i, one in enumerate(runs):
+        Path(one.out).mkdir(parents=True)
+        train.write_json(Path(one.out) / "result.json", {"seconds": i, "flops": {"st": 1.0}})
+
+    def measure(seed, pathway, problems, **_):
+        share = exact[f"{pathway} {problems[0]}"] + seed / 10
+        return {"pathway": pathway, "exact": share, "n": len(problems)}, []
+
+    method = type("Method", (int,), {"pathways": {"cot": 0, "st": 0}})  # a seed
+    monkeypatch.setattr(evaluation, "measure", measure)
+    monkeypatch.setattr(data, "load", lambda name, split, *_, **more: 900 * [split])
+    monkeypatch.setattr(dart, "load_run", lambda out, **_: (method(Path(out).name), None))
+    st, cot = train.make_tables(chosen, {"DART": runs}, "cpu")["gsm8k-aug"]
+    for row, pathway, paper in ((st, "st", "24.7/19"), (cot, "cot", "-")):
+        assert (row["row"], row["pathway"], row["paper"]) == ("DART", pathway, paper)
+        assert row["exact"] == pytest.approx(exact[f"{pathway} test"] + 0.05)
+        assert row["train"] == pytest.approx(exact[f"{pathway} train"] + 0.05)
+        assert (row["n"], row["seconds"]) == (1800, 0.5)
 
 
 def test_the_papers_figures_stand_beside_its_rows():
