@@ -94,7 +94,8 @@ class Options(dart.Options):
 
 # Options of a run that may differ when it is resumed: they change no loss but for rounding.
 FREE = ("out", "resume", "overwrite", "compare", "suite", "seeds", "jobs", "test_data", "device")
-FREE += ("preset", "micro_batch_size", "activation_checkpointing", "compile", "save_every")
+FREE += ("preset", "micro_batch_size", "activation_checkpointing", "compile")
+FREE += ("save_every", "log_every")
 
 # Recipes are words of a command line; behind the preset's come those of "PRESET METHOD".
 # Coconut and iCoT train all weights, as in the paper (Section 4.2), at constant rates like their
@@ -586,15 +587,16 @@ def train(run):
             text = " ".join(f"{name} {loss:.3g}" for name, loss in losses.items())
             text = f"step {step}: not finite: {text} |g| {norm:.3g}, problems {indices.tolist()}"
             end(f"{text}; --resume goes on from the last checkpoint", 1)
+        lr = learning_rate(options, step - 1, run.steps)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(options, step - 1, run.steps)
+            group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
         progress.step, progress.seconds = step, time.perf_counter() - began
 
         last = step == run.steps
         if step % options.log_every == 0 or last:
-            log_step(run, losses, norm.item(), group["lr"])
+            log_step(run, losses, norm.item(), lr)
         evaluated = run.valid and (step % eval_every == 0 or last)
         if evaluated:
             validate(run)

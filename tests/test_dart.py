@@ -541,7 +541,7 @@ def test_load_run_takes_the_base_from_elsewhere_but_no_other_one(runs, tmp_path)
     moved, run = shutil.copytree(runs / "base", tmp_path / "moved"), runs / "lora"
     answers = dart.load_run(run)[0].answer(QUESTIONS)
     assert dart.load_run(run, base=moved)[0].answer(QUESTIONS) == answers
-    with pytest.raises(ValueError, match="config.json: of another run: base weights"):
+    with pytest.raises(ValueError, match=r"config.json \(with the base .*\): of another run: base"):
         evaluation.main(f"--ckpt {run} --model {runs / 'other'} --limit 2".split())
 
 

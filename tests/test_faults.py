@@ -245,7 +245,7 @@ def test_a_kill_while_a_run_is_replaced_leaves_no_result_of_another(run, copy, w
     more = ["--lr", "1e-3", "--overwrite"]
     assert run(copy, *more, fault=At("os.remove", "log.jsonl", 1, KILL)).code == -signal.SIGKILL
     assert run(copy, "--lr", "1e-3", "--resume").code == 0
-    assert dart.load_run(copy)[1].n_st == 4 and saved_step(copy) == 6
+    assert dart.load_run(copy)[1].n_st == 8 and saved_step(copy) == 6
 
 
 # -------------------------------------------------------------------------- runs side by side
