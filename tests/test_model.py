@@ -550,6 +550,19 @@ def test_loading_names_a_file_that_is_cut_off_or_broken_or_missing(tmp_path, fil
         Transformer.from_pretrained(tmp_path)
 
 
+def test_loading_knows_a_pointer_and_an_index_that_lists_a_tied_head(tmp_path):
+    shutil.copytree(FIXTURES / "llama-shards", tmp_path, dirs_exist_ok=True)
+    index = tmp_path / "model.safetensors.index.json"
+    raw = json.loads(index.read_text())
+    raw["weight_map"]["lm_head.weight"] = sorted(raw["weight_map"].values())[0]
+    index.write_text(json.dumps(raw))
+    want = logits_of(Transformer.from_pretrained(FIXTURES / "llama-shards"))
+    assert torch.equal(logits_of(Transformer.from_pretrained(tmp_path)), want)
+    (tmp_path / "model.safetensors").write_text(LFS)
+    with pytest.raises(ValueError, match="model.safetensors: a Git LFS pointer, not the file"):
+        Transformer.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_export_is_read_back_as_it_was(tmp_path, name, dtype):
