@@ -249,9 +249,9 @@ def noting_signals():
             signal.signal(number, handler)
 
 
-def watch_parent():
-    """A run beside others stops, as by SIGTERM, when the command that started it has gone."""
-    while os.getppid() == PARENT:
+def watch_parent(parent):
+    """A run beside others, or of torchrun, stops, as by SIGTERM, when what started it has gone."""
+    while os.getppid() == parent:
         time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGTERM)
 
@@ -802,8 +802,9 @@ def write_tables(options, tables):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    if PARENT:
-        threading.Thread(target=watch_parent, daemon=True).start()
+    if PARENT or "RANK" in os.environ:
+        parent = PARENT or os.getppid()
+        threading.Thread(target=watch_parent, args=[parent], daemon=True).start()
     with contextlib.ExitStack() as held:
         run_command(read_options(argv), argv, held)
 

@@ -4,6 +4,7 @@ A run of a test is a process of its own, forked from one that has imported torch
 it at the n-th time that it opens, renames or removes a file of some name. `long.py` has more.
 """
 
+import contextlib
 import fcntl
 import itertools
 import json
@@ -293,6 +294,23 @@ def test_runs_side_by_side_end_with_their_parent_and_go_on(run, tmp_path, number
         assert ended.code == 0 and not ended.errors and not alive(out)
         for folder in folders:
             assert [line["step"] for line in log(folder)] == list(range(1, 151))
+
+
+def test_processes_of_torchrun_end_with_it(run, tmp_path):
+    """They hold the lock as long as they live."""
+
+    def unlocked():
+        with contextlib.suppress(ValueError):
+            os.close(train.lock(tmp_path / "run"))
+            return True
+
+    torchrun = run(tmp_path / "run", "--steps", "5000", processes=2, wait=False)
+    wait_for(lambda: holds(tmp_path / "run" / "log.jsonl", '"step": 3,'), torchrun)
+    assert not unlocked()
+    torchrun.kill()
+    torchrun.join()
+    wait_for(unlocked)
+    assert saved_step(tmp_path / "run") == log(tmp_path / "run")[-1]["step"] < 5000
 
 
 # ------------------------------------------------------------------------ faults of the machine
