@@ -14,10 +14,13 @@ Exit codes: 0 done; 1 a fault stopped the training; 2 something given is wrong; 
 and SIGTERM stopped it, after saving.
 """
 
+import os
 import signal
 
 if __name__ == "__main__":  # Ctrl-C ends the program without a word while modules are imported
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if "RANK" in os.environ:  # torchrun's: it may be gone when they are
+        os.environ["DART_PARENT"] = str(os.getppid())
 
 import contextlib
 import dataclasses
@@ -25,7 +28,6 @@ import fcntl
 import hashlib
 import json
 import math
-import os
 import re
 import resource
 import shutil
@@ -200,7 +202,8 @@ def read_options(argv):
 # ------------------------------------------------------------------------- processes and signals
 
 TIMEOUT = timedelta(minutes=10)  # so long a process waits for the others
-PARENT = int(os.environ.get("DART_PARENT", 0))  # of a run beside others: who started it
+PARENT = int(os.environ.get("DART_PARENT", 0))  # of a run of torchrun, or beside others
+BESIDE = bool(PARENT) and "RANK" not in os.environ
 RECEIVED = []  # the signals that ask this process to stop
 
 
@@ -676,8 +679,8 @@ def log(run, record, text, live=False):
 
 def show(run, text, live=False):
     """A line on the screen. On a terminal a live one is replaced by the next."""
-    start, line_end = (f"{run.out}: " if PARENT else ""), "\n"
-    if sys.stdout.isatty() and not PARENT:
+    start, line_end = (f"{run.out}: " if BESIDE else ""), "\n"
+    if sys.stdout.isatty() and not BESIDE:
         text = text[: shutil.get_terminal_size().columns - 1] if live else text
         start, line_end = "\r\x1b[K", "" if live else "\n"
     if run.rank == 0:  # in one write, as other runs may write beside it
@@ -802,7 +805,7 @@ def write_tables(options, tables):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    if PARENT or "RANK" in os.environ:
+    if BESIDE or "RANK" in os.environ:
         parent = PARENT or os.getppid()
         threading.Thread(target=watch_parent, args=[parent], daemon=True).start()
     with contextlib.ExitStack() as held:
@@ -823,11 +826,11 @@ def run_command(options, argv, held):
     for name in options.test_data:
         data.load(name, "test", options.seed, options.data_dir)
     check_directory(runs[-1])
-    for out in {options.out, *(one.out for one in runs)} if rank == 0 and not PARENT else ():
+    for out in {options.out, *(one.out for one in runs)} if rank == 0 and not BESIDE else ():
         held.callback(os.close, lock(Path(out)))
 
     jobs = min(len(runs), options.jobs or torch.get_num_threads())
-    if device == "cpu" and world == 1 and jobs > 1:
+    if device == "cpu" and not dist.is_initialized() and jobs > 1:
         train_side_by_side([words for some in commands.values() for words in some], jobs)
     else:
         for one in runs:
