@@ -303,7 +303,7 @@ def test_lens_on_the_command_line(a_run, tmp_path, capsys):
     evaluation.main([*argv, str(tmp_path / "d.json"), "--lens", "--limit", "20"])
     figures, rows = (json.loads((tmp_path / f"{name}.json").read_text()) for name in "qd")
     out = capsys.readouterr().out
-    assert [len(layer) for layer in figures[0]["columns"]["6 :"]] == [2] * 4
+    assert [len(layer) for layer in figures[0]["columns"]["10 :"]] == [2] * 4
     assert [row["layer"] for row in rows] == [1, 2, 3, 4, "any"] and rows[0]["data"] == "demo"
     assert out.startswith("| layer | 1 <st> ") and "| layer | n " in out
 

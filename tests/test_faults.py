@@ -310,7 +310,6 @@ def test_processes_of_torchrun_end_with_it(run, tmp_path):
     torchrun.kill()
     torchrun.join()
     wait_for(unlocked)
-    assert saved_step(tmp_path / "run") == log(tmp_path / "run")[-1]["step"] < 5000
 
 
 # ------------------------------------------------------------------------ faults of the machine
