@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import json
 import statistics
-
 from pathlib import Path
 
 import torch
@@ -72,28 +71,58 @@ def bandwidth(device):
     return x.numel() * 4 / statistics.median(seconds[2:])
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def options_given():
+    kind = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=kind)
     parser.add_argument("--data", required=True, help="file of problems in GSM8K-Aug's format")
     parser.add_argument("--tokenizer", required=True, help="directory of the tokenizer")
-    parser.add_argument(
-        "--model", default="demo", choices=("demo", "small", *LLAMAS), help="whose shapes"
-    )
+    models = ("demo", "small", *LLAMAS)
+    parser.add_argument("--model", default="demo", choices=models, help="whose shapes")
     parser.add_argument("--dtype", default="fp32", choices=tuple(dart.DTYPES))
     parser.add_argument("--questions", type=int, default=30, help="timed at batch 1")
-    parser.add_argument("--batches", type=int, default=4, help="timed at batch 64; 0: none")
+    parser.add_argument(
+        "--batches", type=int, default=4, help="2 or more, timed at batch 64; 0: none"
+    )
     parser.add_argument("--compile", action="store_true", help="ours: as the option of eval.py")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def compare(ways, prompts, size, new, exact, device):
+    """Seconds a batch of ours, of `generate` as the questions come, and sorted by length, as ours
+    takes them: they take turns. First both must write the same (exact)."""
+    by_length = sorted(prompts, key=lambda prompt: len(prompt.ids))
+    starts = range(0, len(prompts), size)
+    mixed, in_order = ([some[i : i + size] for i in starts] for some in (prompts, by_length))
+    for batch in mixed[:2]:
+        found = ways["ours"](batch)
+        assert all(len(row) == new for row in found), "it ends early: another seed"
+        assert not exact or found == ways["generate"](batch), "not the same tokens"
+    runs = {"ours": in_order, "generate": mixed, "sorted": in_order}
+    seconds = {who: [] for who in runs}
+    for i in range(-2, len(mixed)):  # two to warm up
+        for who, batches in runs.items():
+            start = synchronised(device)
+            ways["generate" if who == "sorted" else who](batches[i % len(batches)])
+            seconds[who] += [synchronised(device) - start] * (i >= 0)
+    return seconds
+
+
+def figures(seconds, passes, floor):
+    """Milliseconds a batch, and how many times as long `generate` takes."""
+    ours = seconds["ours"]
+    row = {"passes": passes, "ms": 1e3 * statistics.median(ours)}
+    row |= {"p90": 1e3 * statistics.quantiles(ours, n=10)[-1], "mean": 1e3 * statistics.mean(ours)}
+    for who, name in (("generate", "generate / ours"), ("sorted", "sorted generate / ours")):
+        row[name] = statistics.mean(seconds[who]) / statistics.mean(ours)
+    return row | {"floor": 1e3 * passes * floor}
+
+
+def main():
+    options = options_given()
     config = SMALL if options.model == "small" else MODELS[options.model]
-    config = dataclasses.replace(
-        config,
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
-        vocab_size=max(config.vocab_size, 2048),
-    )
+    size = dict(max_position_embeddings=4096, vocab_size=max(config.vocab_size, 2048))
+    config = dataclasses.replace(config, tie_word_embeddings=True, **size)
     problems, dtype = data.read_problems(Path(options.data)), dart.DTYPES[options.dtype]
     problems = problems[: max(options.questions, 64 * options.batches)]
     tokenizer = Modulo(data.Tokenizer.from_pretrained(options.tokenizer), config.vocab_size)
@@ -103,84 +132,32 @@ def main():
     model.merged = None  # with neither LoRA nor REM both pathways have the same weights
     if options.compile:
         model.forward = torch.compile(model.forward, dynamic=True)
-    pathways = {
-        "DART": dart.Pathway(n_silent=20, special_ids=tokenizer.reserved, silent=True),
-        "No-CoT": dart.Pathway(),
-        "CoT": dart.Pathway(steps=True),
-    }
-    steps = [
-        len(tokenizer.encode(" ".join(p.steps), bos=False, eos=False, continued=True))
-        for p in problems
-    ]
-    new = {"DART": 2, "No-CoT": 2, "CoT": round(statistics.mean(steps)) + 4}
+    silent = dart.Pathway(n_silent=20, special_ids=tokenizer.reserved, silent=True)
+    pathways = {"DART": silent, "No-CoT": dart.Pathway(), "CoT": dart.Pathway(steps=True)}
+    texts = [" ".join(problem.steps) for problem in problems]
+    steps = [len(tokenizer.encode(t, bos=False, eos=False, continued=True)) for t in texts]
+    passes = {"DART": 2, "No-CoT": 2, "CoT": round(statistics.mean(steps)) + 4}
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    rate = bandwidth(options.device)
-    results, table, sizes = [], [], (1, 64) if options.batches else (1,)
-    for size in sizes:
+    rate, rows = bandwidth(options.device), []
+
+    for size in (1, 64) if options.batches else (1,):
         asked = problems[: options.questions if size == 1 else 64 * options.batches]
         for name, pathway in pathways.items():
-            prompts = [pathway.prompt(problem.question, tokenizer) for problem in asked]
-            by_length = sorted(prompts, key=lambda prompt: len(prompt.ids))
-            mixed, sorted_ = (
-                [some[i : i + size] for i in range(0, len(some), size)]
-                for some in (prompts, by_length)
-            )
+            new, eos = passes[name], tokenizer.eos_id
             ways = {
-                "ours": lambda batch: dart.generate(model, tokenizer, pathway, batch, new[name]),
-                "generate": lambda batch: generate(reference, batch, tokenizer.eos_id, new[name]),
+                "ours": lambda batch: dart.generate(model, tokenizer, pathway, batch, new),
+                "generate": lambda batch: generate(reference, batch, eos, new),
             }
-            for batch in mixed[:2]:
-                found = ways["ours"](batch)
-                assert all(len(row) == new[name] for row in found), (
-                    "a random model that ends early: another seed"
-                )
-                assert options.dtype != "fp32" or found == ways["generate"](batch), (
-                    f"{name}, batch {size}: not the same tokens"
-                )
-            # Ours takes questions of about one length together, as `dart.answer` does; `generate`
-            # as they come, and sorted.
-            runs = {"ours": sorted_, "generate": mixed, "sorted": sorted_}
-            seconds = {who: [] for who in runs}
-            for i in range(-2, len(mixed)):
-                for who, batches in runs.items():
-                    start = synchronised(options.device)
-                    ways["generate" if who == "sorted" else who](batches[i % len(batches)])
-                    seconds[who] += [synchronised(options.device) - start] * (i >= 0)
-            mine = 1e3 * statistics.mean(seconds["ours"])
-            row = {
-                "batch": size,
-                "method": name,
-                "passes": new[name],
-                "ms": 1e3 * statistics.median(seconds["ours"]),
-                "p90": 1e3 * statistics.quantiles(seconds["ours"], n=10)[-1],
-                "mean": mine,
-                "generate / ours": 1e3 * statistics.mean(seconds["generate"]) / mine,
-                "sorted generate / ours": 1e3 * statistics.mean(seconds["sorted"]) / mine,
-                "floor": 1e3 * new[name] * weights / rate,
-            }
-            results.append(row)
-            table.append(
-                {k: f"{v:.2f}" if isinstance(v, float) else str(v) for k, v in row.items()}
-            )
-    print(evaluation.table(table, {key: (key, str) for key in table[0]}))
-    of = {(row["method"], row["batch"]): row["mean"] for row in results}
-    ratios = {
-        f"{a} / {b}, batch {size}": of[a, size] / of[b, size]
-        for size in sizes
-        for a, b in (("DART", "No-CoT"), ("CoT", "DART"))
-    }
-    print(", ".join(f"{name}: {ratio:.2f}" for name, ratio in ratios.items()))
-    print(
-        json.dumps(
-            {
-                "options": vars(options),
-                "bandwidth": rate,
-                "weights": weights,
-                "rows": results,
-                "ratios": ratios,
-            }
-        )
-    )
+            prompts = [pathway.prompt(problem.question, tokenizer) for problem in asked]
+            seconds = compare(ways, prompts, size, new, options.dtype == "fp32", options.device)
+            rows.append({"batch": size, "method": name} | figures(seconds, new, weights / rate))
+
+    texts = [
+        {k: f"{v:.2f}" if isinstance(v, float) else str(v) for k, v in r.items()} for r in rows
+    ]
+    print(evaluation.table(texts, {key: (key, str) for key in texts[0]}))
+    about = {"options": vars(options), "bandwidth": rate, "weights": weights}
+    print(json.dumps(about | {"rows": rows}))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
-"""One DART training step of ours beside the same step written the ordinary way on transformers and peft.
+"""A DART training step of ours beside the same step, the ordinary way, on transformers and peft.
 
-    python tests/bench_train.py --data FILE --tokenizer DIR                  FILE: GSM8K-Aug's format; DIR: Llama 3's
+    python tests/bench_train.py --data FILE --tokenizer DIR
     python tests/bench_train.py --data FILE --tokenizer DIR --dtype bf16 --vocab 128256
 
-`ordinary`: REM by hooks, all hidden states, all logits, one backward pass, random batches padded to the longest row;
-`tuned`: the same in our batches, whose rows are of about one length. First both must have the same losses and gradients
-(fp32, without dropout, with the smooth norm: at the kink of the L1 norm rounding turns a gradient's sign); then the same
-problems are trained on in turns, with the L1 norm. The last line is JSON.
+FILE: problems in GSM8K-Aug's format; DIR: Llama 3's tokenizer. `ordinary`: REM by hooks, all hidden
+states, all logits, one backward pass, random batches padded to the longest row; `tuned`: the same
+in our batches, whose rows are of about one length. First both must have the same losses and
+gradients (fp32, without dropout, with the smooth norm: at the kink of the L1 norm rounding turns a
+gradient's sign); then the same problems are trained on in turns, with the L1 norm. The last line is
+JSON.
 """
 
 import argparse
@@ -183,7 +185,8 @@ class Ordinary:
         self.last = output if isinstance(output, torch.Tensor) else output[0]
 
     def forward(self, name):
-        """(cross-entropy, states at z_N [L, B, n]) of a pathway. The last of `hidden_states` has gone through the final norm."""
+        """(cross-entropy, states at z_N [L, B, n]) of a pathway. The last of `hidden_states` has
+        gone through the final norm."""
         self.silent, (ids, mask, weight, at) = name == "st", self.batch[name]
         out = self.model(
             input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False
@@ -268,10 +271,9 @@ def padding(examples, batches):
     return 1 - sum(x.sum() for x in lengths) / sum((x.max(1) * x.shape[1]).sum() for x in lengths)
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def options_given():
+    kind = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=kind)
     parser.add_argument("--data", required=True, help="file of problems in GSM8K-Aug's format")
     parser.add_argument("--tokenizer", required=True, help="directory of the tokenizer")
     parser.add_argument("--model", default="small", choices=("small", *LLAMAS), help="whose shapes")
@@ -279,26 +281,62 @@ def main():
     parser.add_argument("--dtype", default="fp32", choices=tuple(dart.DTYPES))
     parser.add_argument("--rows", type=int, default=16, help="problems in a step")
     parser.add_argument(
-        "--batches", type=int, default=8, help="batches that are timed, of short to long rows"
+        "--batches", type=int, default=8, help="that are timed, of short to long rows"
     )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dropout", type=float, default=0.1, help="LoRA's")
-    for flag in ("compile", "activation_checkpointing"):
-        parser.add_argument(
-            f"--{flag}", action="store_true", help="ours: as the option of train.py"
-        )
+    for flag in ("--compile", "--activation_checkpointing"):
+        parser.add_argument(flag, action="store_true", help="ours: as the option of train.py")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--memory",
-        choices=("ours", "ordinary"),
-        help="only the peak memory of a step, in this process",
+    whose = dict(
+        choices=("ours", "ordinary"), help="only the peak memory of a step, in this process"
     )
-    options = parser.parse_args()
+    parser.add_argument("--memory", **whose)
+    return parser.parse_args()
+
+
+def print_memory(options, ours, grouped, mixed):
+    """The peak memory before and after two steps of the longest batch, as JSON."""
+    subject, batches = (ours, grouped) if options.memory == "ours" else (Ordinary(ours), mixed)
+    if options.memory == "ordinary":  # ours is given up
+        ours.model = ours.run.optimizer = ours.parameters = None
+        ours.run.method = argparse.Namespace(tokenizer=ours.run.method.tokenizer)
+    batch = max(batches, key=lambda batch: ours.lengths[batch].max())
+    start = train.peak_memory(options.device)
+    subject.step(batch)
+    subject.step(batch)
+    print(json.dumps({"start": start, "peak": train.peak_memory(options.device)}))
+
+
+def memory_of(name):
+    """GiB above the start of a step, in a process of its own."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--memory", name]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    memory = json.loads(lines.splitlines()[-1])
+    return (memory["peak"] - memory["start"]) / 2**30
+
+
+def time_steps(variants, repeats, device):
+    """{name: seconds of all its batches, for each repeat}; they take turns, batch by batch."""
+    seconds = {name: [] for name in variants}
+    for repeat in range(repeats + 1):  # the first one is the warm-up
+        total = dict.fromkeys(variants, 0.0)
+        for i in range(len(variants["ours"][1])):
+            for name, (subject, batches) in variants.items():
+                start = synchronised(device)
+                subject.step(batches[i])
+                total[name] += synchronised(device) - start
+        for name in variants:
+            seconds[name] += [total[name]] * (repeat > 0)
+    return seconds
+
+
+def main():
+    options = options_given()
     config = SMALL if options.model == "small" else MODELS[options.model]
     config = dataclasses.replace(config, vocab_size=options.vocab or config.vocab_size)
-    problems, device = data.read_problems(Path(options.data)), options.device
+    problems = data.read_problems(Path(options.data))
     tokenizer = Modulo(data.Tokenizer.from_pretrained(options.tokenizer), config.vocab_size)
-
     ours = Ours(options, config, tokenizer, problems)
     every = data.epoch_batches(ours.lengths, options.rows, 0, 0)
     every.sort(key=lambda batch: ours.lengths[batch].sum())
@@ -306,23 +344,13 @@ def main():
     grouped = [every[int(i)] for i in at]
     mixed = np.split(np.random.default_rng(0).permutation(np.concatenate(grouped)), len(grouped))
     if options.memory:
-        subject, batches = (ours, grouped) if options.memory == "ours" else (Ordinary(ours), mixed)
-        if options.memory == "ordinary":  # ours is given up
-            ours.model = ours.run.optimizer = ours.parameters = None
-            ours.run.method = argparse.Namespace(tokenizer=tokenizer)
-        batch = max(batches, key=lambda batch: ours.lengths[batch].max())
-        start = train.peak_memory(device)
-        subject.step(batch)
-        subject.step(batch)
-        print(json.dumps({"start": start, "peak": train.peak_memory(device)}))
-        return
+        return print_memory(options, ours, grouped, mixed)
 
     fp32 = argparse.Namespace(**vars(options) | {"dtype": "fp32", "dropout": 0.0})
     plain = Ours(fp32, config, tokenizer, problems, distill_norm="smooth-l1")
     agreement = check(plain, Ordinary(plain), grouped[len(grouped) // 2])
-    print(
-        f"the same step: losses to {agreement['loss']:.1e}, gradients to {agreement['gradient']:.1e}"
-    )
+    text = f"losses to {agreement['loss']:.1e}, gradients to {agreement['gradient']:.1e}"
+    print(f"the same step: {text}", flush=True)
     del plain
     ordinary = Ordinary(ours)
     variants = {
@@ -330,35 +358,18 @@ def main():
         "tuned": (ordinary, grouped),
         "ordinary": (ordinary, mixed),
     }
-    seconds = {name: [] for name in variants}
-    for repeat in range(options.repeats + 1):  # the first one is the warm-up
-        total = dict.fromkeys(variants, 0.0)
-        for i in range(len(grouped)):
-            for name, (subject, batches) in variants.items():
-                start = synchronised(device)
-                subject.step(batches[i])
-                total[name] += synchronised(device) - start
-        for name in variants:
-            seconds[name] += [total[name]] * (repeat > 0)
-    rows = options.rows * len(grouped)
-    result = {
-        "options": vars(options),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-    }
-    table = []
+    seconds = time_steps(variants, options.repeats, options.device)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    result = {"options": vars(options), "torch": torch.__version__}
+    result["threads"] = torch.get_num_threads()
     for name, (_, batches) in variants.items():
-        median = statistics.median(seconds[name])
-        figures = {"problems/s": rows / median, "padding": padding(ours.run.examples, batches)}
-        figures["this / ours"] = median / statistics.median(seconds["ours"])
-        figures["spread"] = (max(seconds[name]) - min(seconds[name])) / median
-        if name != "tuned":
-            command = [sys.executable, __file__, *sys.argv[1:], "--memory", name]
-            lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-            memory = json.loads(lines.splitlines()[-1])
-            figures["GiB above start"] = (memory["peak"] - memory["start"]) / 2**30
+        figures = {"problems/s": options.rows * len(grouped) / medians[name]}
+        figures["padding"] = padding(ours.run.examples, batches)
+        figures["this / ours"] = medians[name] / medians["ours"]
+        figures["spread"] = (max(seconds[name]) - min(seconds[name])) / medians[name]
+        figures |= {} if name == "tuned" else {"GiB above start": memory_of(name)}
         result[name] = figures
-        table.append({"": name} | {key: f"{value:.2f}" for key, value in figures.items()})
+    table = [{"": name} | {k: f"{v:.2f}" for k, v in result[name].items()} for name in variants]
     print(evaluation.table(table, {key: (key, str) for key in table[0]}))
     print(json.dumps(result | agreement))
 

@@ -304,12 +304,17 @@ def test_processes_of_torchrun_end_with_it(run, tmp_path):
             os.close(train.lock(tmp_path / "run"))
             return True
 
-    torchrun = run(tmp_path / "run", "--steps", "5000", processes=2, wait=False)
-    wait_for(lambda: holds(tmp_path / "run" / "log.jsonl", '"step": 3,'), torchrun)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    command += [ROOT / "train.py", *QUICK, "--steps=5000", f"--data={run.data}"]
+    with open(tmp_path / "screen", "w") as screen:
+        command.append(f"--out={tmp_path / 'run'}")
+        torchrun = subprocess.Popen(command, stdout=screen, stderr=screen)
+    wait_for(lambda: holds(tmp_path / "run" / "log.jsonl", '"step": 3,'))
     assert not unlocked()
     torchrun.kill()
-    torchrun.join()
+    torchrun.wait()
     wait_for(unlocked)
+    assert saved_step(tmp_path / "run") == log(tmp_path / "run")[-1]["step"] < 5000
 
 
 # ------------------------------------------------------------------------ faults of the machine

@@ -69,8 +69,8 @@ FULL = dict(lora_rank=0, schedule="constant", weight_decay=0.01)
         ("--preset gpt2", dict(lr=2e-3, epochs=40)),
         ("--preset gpt2 --method codi", dict(lr=3e-3, distill_weight=1.0)),
         ("--preset gpt2 --lr 1e-4", dict(lr=1e-4)),
-        # Coconut's authors train all weights at 1e-4 and decay 0.01, 25 epochs of CoT before (GPT-2,
-        # Hao et al. 2024), on 1 B models 1e-5 (Shen et al. 2025); iCoT's at 5e-5 (GPT-2), 1e-5 (7 B).
+        # All weights are trained. Coconut: 1e-4, decay 0.01, 25 epochs of CoT before (GPT-2, Hao et
+        # al. 2024), 1e-5 on 1 B models (Shen et al. 2025); iCoT: 5e-5 (GPT-2), 1e-5 (7 B).
         ("--preset gpt2 --method coconut", FULL | dict(lr=1e-4, cot_epochs=20.0)),
         ("--preset gpt2 --method icot", FULL | dict(lr=5e-5)),
         ("--preset llama-3.2-1b --method coconut", FULL | dict(lr=1e-5, cot_epochs=5.0)),
