@@ -48,8 +48,7 @@ class Options:
     """All that a run must know to be rebuilt. The defaults are the paper's (Section 3, Appendix C),
     and where it is silent those of the README's table "Paper vs. this code"."""
 
-    # the model and the data
-    method: str = option("dart", "training method", lambda: METHODS)
+    method: str = option("dart", "training method", lambda: METHODS, group="the model and the data")
     model: str = option("", "directory of the base model: config.json, model.safetensors")
     tokenizer: str = option("", "directory of the tokenizer, if not the model's; or demo")
     random_init: bool = option(False, "random weights; --model may be a preset's name, too")
@@ -58,23 +57,33 @@ class Options:
     dtype: str = option("bf16", "of the computation and of frozen weights", DTYPES)
     seed: int = option(0, "of weights, data order and dropout")
     max_new_tokens: int = option(256, "tokens that an answer may have, CoT included", low=1)
-    # the pathways
-    n_st: int = option(20, "number C of silent tokens (dart, pause)")
+
+    n_st: int = option(20, "number C of silent tokens (dart, pause)", group="the pathways")
     last_step: str = option("auto", "of the CoT; auto: dart, codi drop it", "auto drop keep")
-    # LoRA and REM
-    lora_rank: int = option(128, "rank of LoRA on q, k, v, o; 0: all weights are trained")
+
+    lora_rank: int = option(
+        128, "rank of LoRA on q, k, v, o; 0: all weights are trained", group="LoRA and REM"
+    )
     lora_alpha: float = option(32.0, "LoRA is scaled by lora_alpha / lora_rank")
     lora_dropout: float = option(0.1, "dropout on LoRA's input, below 1", high=0.99)
     rem_rank: int = option(128, "rank d of REM (dart); 0: no REM")
     rem_alpha: float = option(32.0, "REM is scaled by rem_alpha / rem_rank")
     rem_is_lora: bool = option(False, "instead of REM, a second LoRA in the ST pathway (dart)")
-    # the distillation of dart and codi
-    distill_weight: float = option(20.0, "lambda of equation (5)")
+
+    distill_weight: float = option(
+        20.0, "lambda of equation (5)", group="the distillation of dart and codi"
+    )
     distill_norm: str = option("auto", "auto: l1; codi: smooth-l1", "auto l1 l1-sum smooth-l1")
     distill_at: str = option("z_N", "tokens whose states are compared", "z_N y_1 z_N+Y")
     attach_teacher: bool = option(False, "let the distillation train the CoT pathway, too")
-    # continuous thoughts, and steps left out in stages
-    n_latents: int = option(6, "continuous thoughts (codi)", low=1)
+
+    n_latents: int = option(
+        6,
+        "continuous thoughts (codi)",
+        low=1,
+        group="continuous thoughts, and steps left out in stages",
+    )
+    codi_form: str = option("authors", "its losses: the authors', or as dart's", "authors dart")
     latents_per_step: int = option(2, "thoughts for each step that is left out (coconut)", low=1)
     max_stage: int = option(3, "steps left out, one a stage, before all are (coconut)", low=1)
     epochs_per_stage: float = option(3.0, "epochs of a stage (coconut)", low=1e-3)
@@ -106,6 +115,7 @@ class Pathway:
     special_ids: tuple = ()  # of <st>, or of <bot> and <eot>
     steps: bool = False  # the model writes steps and separator itself
     # in training only
+    one_mean: bool = False  # of separator and Y, too, all learned, instead of one of Z, one of Y
     drop_last_step: bool = False  # it mostly spells the answer, which would be copied from it
     skip_steps: int = 0  # steps left out from the front
     skip_tokens: int = 0  # tokens left out from the front of the CoT
@@ -137,7 +147,10 @@ class Pathway:
             z = z[self.skip_tokens :] + separator_ids(tokenizer)
         y = tokenizer.encode(problem.answer, bos=False, eos=True, continued=True)
         ids = np.concatenate((prompt.ids, np.array(z + y, dtype=np.int32)))
-        return prompt._replace(ids=ids, y_start=prompt.z_start + len(z))
+        y_start, z_start = len(ids) - len(y), prompt.z_start
+        if self.one_mean and not self.steps:
+            z_start -= len(separator_ids(tokenizer))
+        return prompt._replace(ids=ids, z_start=z_start, y_start=y_start, one_mean=self.one_mean)
 
     def extract_answer(self, text):
         """The answer in what the model wrote: what follows the last separator, if it writes one."""
@@ -398,8 +411,9 @@ def generate(model, tokenizer, pathway, prompts, max_new_tokens):
     return [row[: row.index(eos) + 1] if eos in row else row for row in ids]
 
 
-def answer(model, tokenizer, pathway, questions, max_new_tokens, batch_size=64):
-    """list[Answer] to a list of questions, in batches of about one length."""
+def answer(model, tokenizer, pathway, questions, max_new_tokens, batch_size=64, show=None):
+    """list[Answer] to a list of questions, in batches of about one length. show: what is called
+    with a line of text after each."""
     prompts = [pathway.prompt(question, tokenizer) for question in questions]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
     answers = [None] * len(prompts)
@@ -412,14 +426,16 @@ def answer(model, tokenizer, pathway, questions, max_new_tokens, batch_size=64):
         for i, row in zip(chosen, rows, strict=True):
             text = tokenizer.decode(row[:-1] if row[-1] == tokenizer.eos_id else row)
             answers[i] = Answer(text, len(row) + (pathway.n_latents or 0))
+        if show:
+            show(f"{start + len(chosen)} of {len(order)} problems are answered")
     model.train(training)
     return answers
 
 
-def evaluate(model, tokenizer, pathway, problems, max_new_tokens, batch_size=64):
+def evaluate(model, tokenizer, pathway, problems, max_new_tokens, batch_size=64, show=None):
     """Answers and scores problems (`data.score`) -> one dictionary a problem."""
     questions = [problem.question for problem in problems]
-    answers = answer(model, tokenizer, pathway, questions, max_new_tokens, batch_size)
+    answers = answer(model, tokenizer, pathway, questions, max_new_tokens, batch_size, show)
     records = []
     for problem, (text, passes) in zip(problems, answers, strict=True):
         answered = pathway.extract_answer(text).strip()
@@ -511,9 +527,13 @@ class Coconut(Method):
 
 class CODI(DART):
     """Continuous thoughts by distillation (Shen et al. 2025): DART's step, with the CoT pathway as
-    the teacher of Q | <bot> | thoughts | <eot> | Answer: | Y EOS. LoRA in the MLP, too."""
+    the teacher of Q | <bot> | thoughts | <eot> | Answer: | Y EOS. LoRA in the MLP, too.
 
-    uses = ("last_step", "n_latents")
+    As in its authors' code an example's loss is one mean, for the student over separator and
+    answer, and the last layer is compared after the final norm. Both make the distillation weigh
+    more beside the cross-entropy than in DART's form (codi_form dart)."""
+
+    uses = ("last_step", "n_latents", "codi_form")
     uses += ("distill_weight", "distill_norm", "distill_at", "attach_teacher")
     distill_norm = "smooth-l1"
     n_special_tokens = 2
@@ -525,8 +545,15 @@ class CODI(DART):
         return super(DART, cls).adapters(tokenizer, options, **more)
 
     def make_pathways(self):
-        codi = Pathway(n_latents=self.options.n_latents, special_ids=self.special_ids)
-        return {"cot": self.cot_pathway(), "codi": codi}
+        n, one_mean = self.options.n_latents, self.options.codi_form == "authors"
+        codi = Pathway(n_latents=n, special_ids=self.special_ids, one_mean=one_mean)
+        return {"cot": self.cot_pathway(one_mean=one_mean), "codi": codi}
+
+    def forward(self, pathway, batch):
+        loss, states = super().forward(pathway, batch)
+        if self.options.codi_form == "authors":
+            states = torch.cat((states[:-1], self.model.norm(states[-1:])))
+        return loss, states
 
 
 METHODS = {"dart": DART, "cot": CoT, "no-cot": NoCoT, "pause": Pause, "icot": ICoT}

@@ -23,6 +23,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 import unicodedata
 import urllib.request
@@ -830,13 +831,21 @@ BESIDE = ("tokenizer_config.json", "added_tokens.json", "tokenizer.json")
 class Example(NamedTuple):
     """One problem as a pathway sees it. ids[z_start:y_start] is what is learned of Z, ids[y_start:]
     is Y, so that z_N, the separator's last token, is at y_start - 1. ids[latent_start:][:n_latents]
-    stand for continuous thoughts, which are no tokens."""
+    stand for continuous thoughts, which are no tokens. one_mean: see `divisors`."""
 
     ids: np.ndarray  # [T]
     z_start: int
     y_start: int
     latent_start: int
     n_latents: int
+    one_mean: bool = False
+
+    def divisors(self):
+        """[T]: what each token's loss is divided by, N in Z and M in Y (equations 1 and 2), or
+        N + M in both where there is one mean; 0 where nothing is learned."""
+        N, M = self.y_start - self.z_start, len(self.ids) - self.y_start
+        z, y = (N + M, N + M) if self.one_mean else (N, M)
+        return np.repeat((0, z, y), (self.z_start, N, M))
 
 
 @dataclass
@@ -859,16 +868,15 @@ class Batch:
 
 
 def collate(examples, pad_id):
-    """list[Example] -> Batch. Equations (1) and (2): of an example's Z every token weighs 1/N, of
-    its Y 1/M, and every example 1/B. Attention is causal and no padding is learned, so that no mask
-    is needed."""
+    """list[Example] -> Batch, in whose loss every example weighs 1/B. Attention is causal and no
+    padding is learned, so that no mask is needed."""
     B, T = len(examples), max(len(example.ids) for example in examples)
     ids = np.full((B, T), pad_id, dtype=np.int64)
     weights = np.zeros((B, T), dtype=np.float32)
-    for i, (tokens, z_start, y_start, *_) in enumerate(examples):
-        ids[i, : len(tokens)] = tokens
-        weights[i, z_start:y_start] = 1 / max(y_start - z_start, 1) / B
-        weights[i, y_start : len(tokens)] = 1 / max(len(tokens) - y_start, 1) / B
+    for i, example in enumerate(examples):
+        ids[i, : len(example.ids)] = example.ids
+        divisors = example.divisors()
+        weights[i, : len(divisors)] = (divisors > 0) / divisors.clip(min=1) / B
     row, col = weights.nonzero()
     per_example = [(e.y_start - 1, len(e.ids), e.latent_start) for e in examples]
     arrays = ids, row, col, weights[row, col], *np.array(per_example).T
@@ -902,7 +910,7 @@ def epoch_batches(lengths, batch_size, seed, epoch):
 
 def picture(example, tokenizer, width=100):
     """An example as text: each token, and below it what it weighs in the loss (. where nothing)."""
-    lines, top, bottom = [], "", ""
+    lines, top, bottom, divisors = [], "", "", example.divisors()
     for i, token in enumerate(example.ids.tolist()):
         thought = i - example.latent_start
         if example.n_latents and -1 <= thought <= example.n_latents:
@@ -911,9 +919,7 @@ def picture(example, tokenizer, width=100):
             text = "<st>"
         else:
             text = printable(tokenizer.decode([token])).replace(" ", "_")
-        in_z = i < example.y_start
-        n = example.y_start - example.z_start if in_z else len(example.ids) - example.y_start
-        weight = "." if i < example.z_start else f"1/{n}"
+        weight = f"1/{divisors[i]}" if divisors[i] else "."
         size = max(len(text), len(weight)) + 1
         if len(top) + size > width:
             lines += [top.rstrip(), bottom.rstrip()]
@@ -925,10 +931,10 @@ def picture(example, tokenizer, width=100):
 # -------------------------------------------------------------------- options, files and errors
 
 
-def option(default, text, choices=None, low=0, high=math.inf):
+def option(default, text, choices=None, low=0, high=math.inf, group=None):
     """A field of a dataclass of options: its help text, and its limits. choices: names in one
-    string, a dictionary, or a function that returns one."""
-    limits = dict(help=text, choices=choices, low=low, high=high)
+    string, a dictionary, or a function that returns one. group: what it and those behind it are."""
+    limits = dict(help=text, choices=choices, low=low, high=high, group=group)
     return dataclasses.field(default=default, metadata=limits)
 
 
@@ -948,8 +954,11 @@ class Parser(argparse.ArgumentParser):
 
 def parse_options(cls, argv, doc="", defaults=()):
     """An instance of a dataclass of `option`s, from the command line. ValueError."""
-    parser = Parser(description=doc, formatter_class=AS_WRITTEN, allow_abbrev=False)
+    how = dict(description=doc, formatter_class=AS_WRITTEN, usage="%(prog)s [OPTIONS]")
+    group = parser = Parser(**how, allow_abbrev=False)
     for field in dataclasses.fields(cls):
+        if field.metadata["group"]:
+            group = parser.add_argument_group(field.metadata["group"])
         default = dict(defaults).get(field.name, field.default)
         how = dict(default=default, help=f"{field.metadata['help']} (default: {default!r})")
         if field.type is bool:
@@ -960,7 +969,7 @@ def parse_options(cls, argv, doc="", defaults=()):
             how |= {"nargs": "?", "const": ""}
         else:
             how |= {"type": field.type, "choices": choices_of(field)}
-        parser.add_argument(f"--{field.name}", **how)
+        group.add_argument(f"--{field.name}", **how)
     values = vars(parser.parse_args(argv)).items()
     return check_options(
         cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values})
@@ -1058,9 +1067,24 @@ def printable(text):
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+def show(text):
+    """A line on the screen, in one write, as other processes may write beside it. On a terminal it
+    takes the place of a live one."""
+    clear = "\r\x1b[K" if sys.stdout.isatty() else ""
+    print(f"{clear}{text}\n", end="", flush=True)
+
+
+def show_live(text):
+    """On a terminal a line that the next one replaces."""
+    if sys.stdout.isatty():
+        width = shutil.get_terminal_size().columns
+        print(f"\r\x1b[K{text[: width - 1]}", end="", flush=True)
+
+
 def end(message, code):
     """Ends the program with one line on stderr, of one process a machine."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
+        show_live("")
         print(f"error: {printable(' '.join(str(message).split()))}", file=sys.stderr, flush=True)
     sys.exit(code)
 

@@ -32,14 +32,15 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 import dart
-from data import Problem, end, load, normalise, option, parse_json, parse_options, printable
-from data import replacing, run_program, sync, write_json, write_text
-from model import export_hf
+from data import Problem, Tokenizer, end, load, normalise, option, parse_json, parse_options
+from data import printable, replacing, run_program, show, show_live, sync, write_json, write_text
+from model import Transformer, export_hf
 
 
 @dataclass
@@ -163,70 +164,89 @@ def merged_copy(method, name, compiled=False):
     return model
 
 
-def latency(model, tokenizer, pathway, questions, max_new_tokens):
-    """Seconds to an answer at batch 1, one for each question: prefill and greedy decoding, without
-    tokenisation. The first questions are answered once before, as a warm-up."""
-    prompts = [pathway.prompt(question, tokenizer) for question in questions]
-    synchronize = torch.cuda.synchronize if model.device.type == "cuda" else lambda: None
-    seconds = []
-    for prompt in prompts[:5] + prompts:
-        synchronize()
-        start = time.perf_counter()
-        dart.generate(model, tokenizer, pathway, [prompt], max_new_tokens)
-        synchronize()
-        seconds.append(time.perf_counter() - start)
-    return seconds[len(prompts[:5]) :]
+class Answerer(NamedTuple):
+    """What answers: a model whose weights are merged for one pathway."""
+
+    name: str  # of the pathway
+    model: Transformer
+    tokenizer: Tokenizer
+    pathway: dart.Pathway
+    max_new_tokens: int
 
 
-def measure(method, name, problems, max_new_tokens=None, timed=50, batch_size=64, compiled=False):
-    """(figures, records) of a pathway on problems: accuracies with Wilson's interval, forward
-    passes an answer, and of the first `timed` questions the time; records of `dart.evaluate`."""
-    model, pathway = merged_copy(method, name, compiled), method.pathways[name]
+def answerer(method, name, max_new_tokens=None, compiled=False):
     new = max_new_tokens or method.options.max_new_tokens
-    records = dart.evaluate(model, method.tokenizer, pathway, problems, new, batch_size)
+    model = merged_copy(method, name, compiled)
+    return Answerer(name, model, method.tokenizer, method.pathways[name], new)
+
+
+def measure(answerer, problems, batch_size=64):
+    """(figures, records) on problems: accuracies with Wilson's interval, and forward passes an
+    answer; records of `dart.evaluate`."""
+    name, *how, new = answerer
+    records = dart.evaluate(*how, problems, new, batch_size, show_live)
     n, figures = len(records), {"pathway": name, "n": len(records)}
     for kind in ("exact", "numeric"):
         right = sum(record[kind] for record in records)
         figures |= {kind: right / n, f"{kind}_interval": wilson(right, n)}
     figures["passes"] = statistics.mean(record["passes"] for record in records)
-    if timed:
-        questions = [problem.question for problem in problems[:timed]]
-        seconds = latency(model, method.tokenizer, pathway, questions, new)
-        figures["ms"] = 1000 * statistics.median(seconds)
-        figures["ms_p90"] = 1000 * sorted(seconds)[math.ceil(0.9 * len(seconds)) - 1]
     return figures, records
+
+
+def time_in_turns(answerers, questions, device):
+    """Times to an answer at batch 1, prefill and greedy decoding without tokenisation, for each
+    answerer: {ms: the median, ms_p90}. They take turns, question by question, so that what else
+    the machine does hits all alike. The first questions are answered once before, as a warm-up."""
+    seconds = [[] for _ in answerers]
+    synchronize = torch.cuda.synchronize if "cuda" in str(device) else lambda: None
+    for i, question in enumerate((*questions[:5], *questions)):
+        for times, (_, model, tokenizer, pathway, new) in zip(seconds, answerers, strict=True):
+            prompt, home = [pathway.prompt(question, tokenizer)], model.device
+            model.to(device)
+            synchronize()
+            start = time.perf_counter()
+            dart.generate(model, tokenizer, pathway, prompt, new)
+            synchronize()
+            times += [time.perf_counter() - start] * (i >= len(questions[:5]))
+            model.to(home)
+    ranks = [(sorted(times), math.ceil(0.9 * len(times)) - 1) for times in seconds]
+    return [{"ms": 1e3 * statistics.median(t), "ms_p90": 1e3 * t[at]} for t, at in ranks]
 
 
 def evaluate_run(method, sets, options):
     """(figures, records) of all data sets and pathways that were asked for. Prints a table."""
-    rows, all_records = [], []
+    rows, all_records, how = [], [], (options.max_new_tokens, options.compile)
+    names = options.pathway or (method.inference_pathway,)
+    answerers = [answerer(method, name, *how) for name in names]
     for name, problems in sets.items():
-        for pathway in options.pathway or (method.inference_pathway,):
-            new, timed = options.max_new_tokens, options.latency
-            how = (new, timed, options.batch_size, options.compile)
-            figures, records = measure(method, pathway, problems, *how)
-            rows.append({"data": name} | figures)
-            all_records += [{"data": name, "pathway": pathway} | record for record in records]
+        questions = [problem.question for problem in problems[: options.latency]]
+        times = [{} for _ in names]
+        if questions:
+            times = time_in_turns(answerers, questions, method.model.device)
+        for one, ms in zip(answerers, times, strict=True):
+            figures, records = measure(one, problems, options.batch_size)
+            rows.append({"data": name} | figures | ms)
+            all_records += [{"data": name, "pathway": one.name} | record for record in records]
     cot = {row["data"]: row.get("ms") for row in rows if row["pathway"] == "cot"}
     for row in rows:
         if cot.get(row["data"]):
             row["speedup"] = cot[row["data"]] / row["ms"]
-    print(table(rows))
+    show(table(rows))
     return rows, all_records
 
 
 def ask_all(method, options):
     """Answers --ask, or each line of standard input. Returns figures, and the number of lines that
     could not be asked. ValueError where --ask itself cannot."""
-    names = reversed(method.pathways)
-    models = {name: merged_copy(method, name, options.compile) for name in names}
-    new, rows, refused = options.max_new_tokens or method.options.max_new_tokens, [], 0
+    names, how = reversed(method.pathways), (options.max_new_tokens, options.compile)
+    answerers = [answerer(method, name, *how) for name in names]
+    rows, refused = [], 0
     if options.ask:
-        return ask(method, models, options.ask, new), 0
+        return ask(method, answerers, options.ask), 0
     for line in sys.stdin.buffer:
         try:
             text = line.decode(errors="surrogateescape").strip()
-            rows += ask(method, models, question_of(text), new) if text else []
+            rows += ask(method, answerers, question_of(text)) if text else []
         except ValueError as error:
             print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
             refused += 1
@@ -244,20 +264,15 @@ def question_of(line):
     return question
 
 
-def ask(method, models, question, new):
+def ask(method, answerers, question):
     """Prints the answers to a question through all pathways, side by side -> a row for each."""
-    check_room(method, 0, [Problem(question, [], "")], new)
-    rows = []
-    for name, model in models.items():
-        pathway = method.pathways[name]
-        how = (model, method.tokenizer, pathway, [question], new)
-        dart.answer(*how)  # a warm-up
-        start = time.perf_counter()
-        ((text, passes),) = dart.answer(*how)
-        ms = 1000 * (time.perf_counter() - start)
-        answer = pathway.extract_answer(text).strip()
+    check_room(method, 0, [Problem(question, [], "")], answerers[0].max_new_tokens)
+    rows, times = [], time_in_turns(answerers, [question], method.model.device)
+    for (name, *how, new), ms in zip(answerers, times, strict=True):
+        ((text, passes),) = dart.answer(*how, [question], new)
+        answer = method.pathways[name].extract_answer(text).strip()
         row = {"question": question, "pathway": name, "answer": answer, "passes": passes}
-        rows.append(row | {"ms": ms, "written": text})
+        rows.append(row | {"ms": ms["ms"], "written": text})
     cells = [row | {k: one_cell(row[k]) for k in ("answer", "written")} for row in rows]
     print(f"{one_cell(normalise(question))}\n\n{table(cells)}\n", flush=True)
     return rows

@@ -5,6 +5,7 @@
     torchrun --nproc_per_node=8 train.py --preset llama-3.2-1b --model DIR --out DIR
     ... --resume                                        continues a run, or begins it
     ... --suite table1 --seeds 3                        all rows of a table of the paper
+    ... --dry_run                                       says what a command would train, and stops
 
 A run directory holds config.json (options, architecture, digests), adapter.safetensors (what was
 trained), best.safetensors (the same where it was best on the validation split), the tokenizer,
@@ -26,6 +27,7 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -62,19 +64,21 @@ from model import MODELS, ModelConfig
 class Options(dart.Options):
     """The defaults are those of Llama-3.2-1B: the paper's, and CODI's where it is silent."""
 
-    # the command
-    preset: str = option("demo", "recipe; what is given replaces its options", lambda: MODELS)
+    preset: str = option(
+        "demo", "recipe; what is given replaces its options", lambda: MODELS, group="the command"
+    )
     out: str = option("", "directory of the run; by default out/PRESET")
     resume: bool = option(False, "continue the run in --out, or begin it")
     overwrite: bool = option(False, "replace the run in --out")
-    compare: tuple = option((), "methods trained with it, into folders of --out, for a table")
+    compare: tuple = option((), "methods trained beside it, into folders of --out; or none")
     suite: str = option("", "a table of the paper: all its rows", lambda: {"": {}, **SUITES})
     seeds: int = option(1, "seeds for each row of the suite, counted up from --seed", low=1)
     jobs: int = option(1, "runs side by side on a CPU; 0: one a core")
     test_data: tuple = option((), "data sets that the suite is compared on; none: --data")
     device: str = option("auto", "cpu, cuda, or auto", "auto cpu cuda")
-    # the optimizer
-    epochs: int = option(10, "passes over the training data", low=1)
+    dry_run: bool = option(False, "say what each run would train, and what it takes; no training")
+
+    epochs: int = option(10, "passes over the training data", low=1, group="the optimizer")
     steps: int = option(0, "optimizer steps; 0: as many as --epochs take")
     batch_size: int = option(128, "problems in a step, over all processes", low=1)
     lr: float = option(8e-4, "highest learning rate")
@@ -83,20 +87,24 @@ class Options(dart.Options):
     weight_decay: float = option(0.1, "AdamW's, on matrices only")
     beta2: float = option(0.999, "AdamW's", high=0.99999)
     grad_clip: float = option(2.0, "largest norm of the gradient; 0: no limit")
-    # evaluation and files
-    eval_every: int = option(0, "steps between validations; 0: once an epoch")
+
+    eval_every: int = option(
+        0, "steps between validations; 0: once an epoch", group="evaluation and files"
+    )
     eval_size: int = option(500, "most validation problems; 0: none, where there are none")
     log_every: int = option(10, "steps between lines of the log", low=1)
     save_every: int = option(500, "steps between checkpoints", low=1)
-    # speed and memory
-    micro_batch_size: int = option(0, "problems in a forward pass; 0: all of a process")
+
+    micro_batch_size: int = option(
+        0, "problems in a forward pass; 0: all of a process", group="speed and memory"
+    )
     activation_checkpointing: bool = option(False, "less memory, more time")
     compile: bool = option(False, "torch.compile of the layers")
 
 
 # Options of a run that may differ when it is resumed: they change no loss but for rounding.
 FREE = ("out", "resume", "overwrite", "compare", "suite", "seeds", "jobs", "test_data", "device")
-FREE += ("preset", "micro_batch_size", "activation_checkpointing", "compile")
+FREE += ("preset", "micro_batch_size", "activation_checkpointing", "compile", "dry_run")
 FREE += ("save_every", "log_every")
 
 # Recipes are words of a command line; behind the preset's come those of "PRESET METHOD".
@@ -176,7 +184,11 @@ def read_options(argv):
     given = {word.partition("=")[0] for word in argv}
     if "--epochs" in given:
         recipe["steps"] = 0
-    options = data.parse_options(Options, argv, __doc__, recipe)
+    presets = "".join(f"  {name:21} {' '.join(words.split())}\n" for name, words in PRESETS.items())
+    about = f"{__doc__}\nPresets, and what else they say for a method:\n{presets}"
+    options = data.parse_options(Options, argv, about, recipe)
+    if options.compare == ("none",):
+        options.compare = ()
     if options.suite and "--out" not in given:
         options.out += f"-{options.suite}"
     if options.random_init and not options.model:
@@ -600,6 +612,8 @@ def train(run):
         last = step == run.steps
         if step % options.log_every == 0 or last:
             log_step(run, losses, norm.item(), lr)
+        else:
+            show_live(run, step_text(run, losses))
         evaluated = run.valid and (step % eval_every == 0 or last)
         if evaluated:
             validate(run)
@@ -633,7 +647,8 @@ def validate(run):
     options, method, progress = run.options, run.method, run.progress
     for name, pathway in method.pathways.items():
         problems, new = run.valid[run.rank :: run.world], options.max_new_tokens
-        records = dart.evaluate(run.model, method.tokenizer, pathway, problems, new)
+        how, live = (run.model, method.tokenizer, pathway, problems, new), partial(show_live, run)
+        records = dart.evaluate(*how, show=live)
         right = torch.tensor(float(sum(record["numeric"] for record in records)))
         progress.valid[name] = dart.all_reduce(right.to(run.model.device)).item() / len(run.valid)
     text = "  ".join(f"{name} {100 * share:.1f} %" for name, share in progress.valid.items())
@@ -656,40 +671,48 @@ def peak_memory(device):
 
 def log_step(run, losses, norm, lr):
     """Logs the losses, a mean over all processes, speed and memory."""
-    step, seconds, peak = run.progress.step, run.progress.seconds, peak_memory(run.model.device)
-    left, speed = seconds / step * (run.steps - step), run.progress.tokens / seconds
-    losses = {name: dart.all_reduce(loss).item() / run.world for name, loss in losses.items()}
+    losses = {name: dart.all_reduce(loss) / run.world for name, loss in losses.items()}
+    record = {name: loss.item() for name, loss in losses.items()} | {"lr": lr, "grad_norm": norm}
+    record |= {"seconds": run.progress.seconds, "peak_memory": peak_memory(run.model.device)}
+    record["tokens_per_s"] = run.progress.tokens / run.progress.seconds
+    text = f"{step_text(run, losses)}  lr {lr:.1e}  |g| {norm:.2f}"
+    text += (
+        f"  {record['tokens_per_s']:,.0f} tokens/s  peak {record['peak_memory'] / 2**30:.2f} GiB"
+    )
+    log(run, record, text)
+
+
+def step_text(run, losses):
+    step, seconds = run.progress.step, run.progress.seconds
+    left = seconds / step * (run.steps - step)
     text = "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
-    text = f"step {step}/{run.steps}  {text}  left {left // 60:.0f}:{left % 60:02.0f}"
-    text += f"  lr {lr:.1e}  |g| {norm:.2f}  {speed:,.0f} tokens/s  peak {peak / 2**30:.2f} GiB"
-    record = losses | {"lr": lr, "grad_norm": norm, "seconds": seconds}
-    log(run, record | {"tokens_per_s": speed, "peak_memory": peak}, text, live=step < run.steps)
+    return f"step {step}/{run.steps}  left {left // 60:.0f}:{left % 60:02.0f}  {text}"
 
 
-def log(run, record, text, live=False):
+def log(run, record, text):
     """Rank 0 writes a line of log.jsonl, and one on the screen."""
     try:
         with open(run.out / "log.jsonl", "a") as file:
             line = json.dumps({"step": run.progress.step} | record) + "\n"
             file.write(line if run.rank == 0 else "")
     except OSError as error:
-        text, live = f"not in the log: {error}", False
-    show(run, text, live)
+        text = f"not in the log: {error}"
+    show(run, text)
 
 
-def show(run, text, live=False):
-    """A line on the screen. On a terminal a live one is replaced by the next."""
-    start, line_end = (f"{run.out}: " if BESIDE else ""), "\n"
-    if sys.stdout.isatty() and not BESIDE:
-        text = text[: shutil.get_terminal_size().columns - 1] if live else text
-        start, line_end = "\r\x1b[K", "" if live else "\n"
-    if run.rank == 0:  # in one write, as other runs may write beside it
-        print(f"{start}{text}{line_end}", end="", flush=True)
+def show(run, text):
+    if run.rank == 0:
+        data.show(f"{run.out}: {text}" if BESIDE else text)
+
+
+def show_live(run, text):
+    if run.rank == 0 and not BESIDE:
+        data.show_live(text)
 
 
 # -------------------------------------------------------------------------- comparisons, suites
 
-TRAIN_SAMPLE = 500  # training problems that are answered for a table
+TRAIN_SAMPLE, TIMED = 500, 50  # training problems, and questions one by one, for a table
 COMPARED = ("row", "pathway", "exact", "exact_interval", "n", "train", "passes", "ms")
 
 
@@ -709,6 +732,57 @@ def plan(options, argv):
         seeds = range(options.seed, options.seed + options.seeds)
         rows[row] = [[*common, f"--seed={seed}", f"--out={folder / str(seed)}"] for seed in seeds]
     return rows
+
+
+PLANNED = {  # columns of the table of --dry_run
+    "row": ("row", str),
+    "trained": ("trained", "{:,}".format),
+    "weights": ("of weights", "{:,}".format),
+    "problems": ("problems", "{:,}".format),
+    "steps": ("steps", "{:,}".format),
+    "lr": ("lr", "{:g}".format),
+    "schedule": ("schedule", str),
+    "tokens": ("tokens", "{:.2e}".format),
+    "flops": ("FLOP", "{:.2e}".format),
+    "peak_memory": evaluation.COLUMNS["peak_memory"],
+}
+SAMPLED = 200  # steps whose batches are looked at
+
+
+def planned(run):
+    """What all steps of a run take, as a row of figures; tokens and FLOP, of all pathways, are from
+    steps at equal distances."""
+    run = dataclasses.replace(run, progress=Progress(flops=dict.fromkeys(run.examples, 0.0)))
+    apart, options = math.ceil(run.steps / SAMPLED), run.options
+    batches = itertools.islice(enumerate(global_batches(run), 1), 0, None, apart)
+    n = sum(1 for step, indices in batches if micro_batches(run, step, indices))
+    sizes = [(p.numel(), p.requires_grad) for p in run.method.parameters()]
+    trained = sum(size for size, is_trained in sizes if is_trained)
+    row = dict(trained=trained, weights=sum(size for size, _ in sizes), steps=run.steps)
+    row |= dict(problems=len(run.problems), lr=options.lr, schedule=options.schedule)
+    row |= dict(tokens=run.progress.tokens * run.steps / n, peak_memory=expected_memory(run))
+    return row | dict(flops=sum(run.progress.flops.values()) * run.steps / n)
+
+
+def expected_memory(run):
+    """Bytes that a process of the run holds at most, about: weights, gradients and moments of the
+    trained ones, what the longest micro-batch's pass keeps for the way back, and some logits."""
+    model, options = build_method(run.options, "meta").model, run.options
+    weights = {p.untyped_storage()._cdata: p for p in model.parameters()}
+    always = sum(p.nbytes + 12 * p.numel() * p.requires_grad for p in weights.values())
+    rows, passes = options.micro_batch_size or options.batch_size // run.world, []
+    for name, pathway in run.method.pathways.items():
+        kept, length = {}, max(len(example.ids) for example in run.examples[name])
+
+        def keep(tensor, kept=kept):
+            storage = tensor.untyped_storage()
+            kept[storage._cdata] = storage  # held, so that no other one gets its address
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model(torch.zeros(rows, length, dtype=torch.long, device="meta"), pathway.silent)
+        passes.append(sum(s.nbytes() for key, s in kept.items() if key not in weights))
+    return always + max(passes) + 16 * dart.LOGITS
 
 
 def checked_run(options, device):
@@ -734,15 +808,21 @@ def train_one(options, device):
             raise ValueError("the processes see different data, weights or checkpoints")
     if run.rank == 0:
         claim_directory(run)
-    n, size = len(run.problems), options.batch_size
+    n, size, plan = len(run.problems), options.batch_size, planned(run)
     text = f"{options.method}: {run.steps} steps of {size} of {n} problems, into {run.out}"
     show(run, f"{text}; {len(run.valid)} others are for validation")
+    text = (
+        "{trained:,} of {weights:,} weights are trained; all steps take about {tokens:.1e} tokens"
+    )
+    gib = plan["peak_memory"] / 2**30
+    show(run, f"{text}, {{flops:.1e}} FLOP, and {gib:.2f} GiB a process".format(**plan))
     empty = empty_cots(run.problems, run.method.drop_last_step)
     if "cot" in run.method.pathways and empty > n / 10:
         none = empty_cots(run.problems, False)
         show(run, f"{empty} of {n} CoTs are empty ({none} with --last_step keep)")
     for name, examples in run.examples.items():
-        picture = data.picture(examples[0], run.method.tokenizer)
+        width = shutil.get_terminal_size((100, 0)).columns
+        picture = data.picture(examples[0], run.method.tokenizer, width)
         show(run, f"{name}: the first problem, and what its tokens weigh in the loss\n{picture}")
     with noting_signals():
         train(run)
@@ -760,8 +840,9 @@ def measured(options, names, device):
         test, train = load(name, "test", options.seed), load(options.data, "train", options.seed)
         figures[name] = {}
         for pathway in reversed(method.pathways):
-            found, _ = evaluation.measure(method, pathway, test)
-            known, _ = evaluation.measure(method, pathway, train[:TRAIN_SAMPLE], timed=0)
+            answerer = evaluation.answerer(method, pathway)
+            found, _ = evaluation.measure(answerer, test)
+            known, _ = evaluation.measure(answerer, train[:TRAIN_SAMPLE])
             figures[name][pathway] = found | {"train": known["exact"]}
     write_json(path, figures)
     return figures
@@ -769,10 +850,15 @@ def measured(options, names, device):
 
 def make_tables(options, rows, device):
     """{data set: rows of figures}: each row's means over its seeds, through each pathway, with the
-    paper's figures beside those of a suite."""
-    tables, names = {}, options.test_data or (options.data,)
+    paper's figures beside those of a suite. Times are those of the first seed."""
+    tables, names, answerers = {}, options.test_data or (options.data,), []
+    for first, *_ in rows.values():  # on the CPU: all of a table might not fit into a GPU
+        method, _ = dart.load_run(first.out)
+        answerers += [evaluation.answerer(method, name) for name in reversed(method.pathways)]
     for name in names:
-        tables[name] = []
+        tables[name], test = [], data.load(name, "test", options.seed, options.data_dir)
+        questions = [problem.question for problem in test[:TIMED]]
+        times = iter(evaluation.time_in_turns(answerers, questions, device))
         for row, runs in rows.items():
             published = PAPER.get((options.suite, f"{options.preset}:{name}", row), "-")
             results = [read_json(Path(one.out) / "result.json") for one in runs]
@@ -781,7 +867,7 @@ def make_tables(options, rows, device):
                 pairs = zip(results, figures, strict=True)
                 mean = evaluation.over_seeds([result | found[pathway] for result, found in pairs])
                 mean |= {"row": row, "pathway": pathway, "paper": "-" if i else published}
-                tables[name].append(mean)
+                tables[name].append(mean | next(times))
     return tables
 
 
@@ -798,7 +884,7 @@ def write_tables(options, tables):
             texts.append(f"Guessing a remainder is right in {chance:.1f} % of the problems.\n")
     write_text(out / "table.md", "\n".join(texts))
     write_json(out / "table.json", tables)
-    print("\n" + "\n".join(texts) + f"\nThe table is in {out / 'table.md'}.")
+    data.show("\n" + "\n".join(texts) + f"\nThe table is in {out / 'table.md'}.")
     if options.suite == "figure2" and evaluation.has_matplotlib():
         evaluation.save_figure(out / "figure2.png", evaluation.draw_figure2, tables)
 
@@ -826,6 +912,10 @@ def run_command(options, argv, held):
     for name in options.test_data:
         data.load(name, "test", options.seed, options.data_dir)
     check_directory(runs[-1])
+    if options.dry_run:
+        first = {row: checked_run(some[0], "meta") for row, some in rows.items()}
+        plans = [{"row": row} | planned(run) for row, run in first.items()]
+        return data.show(evaluation.table(plans, PLANNED)) if rank == 0 else None
     for out in {options.out, *(one.out for one in runs)} if rank == 0 and not BESIDE else ():
         held.callback(os.close, lock(Path(out)))
 
@@ -839,6 +929,8 @@ def run_command(options, argv, held):
                 end(f"{signal.Signals(RECEIVED[0]).name} when a run was trained", 128 + RECEIVED[0])
     if rank == 0 and len(runs) > 1:
         write_tables(options, make_tables(options, rows, device))
+    if rank == 0 and not options.suite and not BESIDE:
+        data.show(f"The run is in {options.out}. Next: python eval.py --ckpt {options.out}")
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()

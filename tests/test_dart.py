@@ -77,11 +77,12 @@ def step(method, sizes=(4,), seed=0, stage=END):
 
 
 def assert_same_gradients(ours, theirs):
-    """To 1e-5 of a tensor's norm; some, such as that of GPT-2's key bias, are only rounding."""
+    """To 2e-5 of a tensor's norm: rounding reaches 1e-5, where a sum is taken in another order, and
+    some, such as that of GPT-2's key bias, are nothing else."""
     assert ours.keys() == theirs.keys()
     largest = max(gradient.norm() for gradient in theirs.values())
     for name, gradient in theirs.items():
-        assert (ours[name] - gradient).norm() <= 1e-5 * max(gradient.norm(), largest / 50), name
+        assert (ours[name] - gradient).norm() <= 2e-5 * max(gradient.norm(), largest / 50), name
 
 
 # ------------------------------------------------------------------------------------- layouts
@@ -108,6 +109,7 @@ STEP2 = f"{Q2} <</9 9/9 %/9 4/9 =/9 1/9 >>/9 Answer/9 :/9* 1/2 <eos>/2"
 SECOND0 = f"{Q0} #59 ~ ~ #60 <</9 12/9 %/9 4/9 =/9 0/9 >>/9 Answer/9 :/9* 0/2 <eos>/2"
 EMPTY2 = f"{Q2} Answer/2 :/2* 1/2 <eos>/2"
 NONE2 = f"{Q2} Answer :* 1/2 <eos>/2"
+ONE_MEAN0 = f"{Q0} <</11 7/11 +/11 5/11 =/11 12/11 >>/11 Answer/11 :/11* 0/11 <eos>/11"
 
 
 @pytest.mark.parametrize(
@@ -126,7 +128,8 @@ NONE2 = f"{Q2} Answer :* 1/2 <eos>/2"
         ("coconut", {}, 0, 2, [STEP2.replace("? ", "? #59 #60 ")]),
         ("coconut", {}, 1, 0, [SECOND0]),
         ("coconut", {}, END, 2, [NONE2.replace("? ", "? #59 ~ ~ ~ ~ #60 ")]),
-        ("codi", {}, END, 2, [EMPTY2, NONE2.replace("? ", "? #59 ~ ~ #60 ")]),
+        ("codi", {}, END, 0, [ONE_MEAN0, f"{Q0} #59 ~ ~ #60 Answer/4 :/4* 0/4 <eos>/4"]),
+        ("codi", {"codi_form": "dart"}, END, 2, [EMPTY2, NONE2.replace("? ", "? #59 ~ ~ #60 ")]),
     ],
 )
 def test_layout(name, changes, stage, problem, want):
@@ -234,8 +237,11 @@ def equations_1_and_2(method, pathway, problem):
     ids, columns = example.ids.tolist(), torch.arange(len(example.ids))
     x = slow_embeddings(model, ids, example.latent_start, example.n_latents)
     hidden, states = model(x, pathway.silent, capture=(0 * columns, columns))
-    loss = 0
-    for piece in (range(example.z_start, example.y_start), range(example.y_start, len(ids))):
+    loss, pieces = 0, (range(example.z_start, example.y_start), range(example.y_start, len(ids)))
+    if pathway.one_mean:
+        states = torch.cat((states[:-1], model.norm(states[-1:])))
+        pieces = (range(example.z_start, len(ids)),)
+    for piece in pieces:
         log_p = [model.logits(hidden[0, i - 1]).log_softmax(dim=-1)[ids[i]] for i in piece]
         loss = loss - (mean(log_p) if piece else 0)
     return loss, states.unbind(1), example.y_start - 1
@@ -271,6 +277,7 @@ def equation_4(teachers, students, norm):
         ("dart", "llama", END, {"distill_at": "z_N+Y", "rem_rank": 0}, "l1"),
         ("codi", "llama", END, {"lora_rank": 3}, "smooth-l1"),
         ("codi", "gpt2", END, {"distill_norm": "l1", "attach_teacher": True}, "l1"),
+        ("codi", "llama", END, {"codi_form": "dart", "lora_rank": 3}, "smooth-l1"),
         ("cot", "llama", END, {"lora_rank": 3}, None),
         ("pause", "gpt2", END, {"lora_rank": 3}, None),
         ("icot", "llama", 4, {}, None),
@@ -567,7 +574,7 @@ def test_load_weights_sees_an_old_or_a_new_file_as_a_whole(tmp_path):
 OTHERS = dict(n_st=2, rem_rank=3, rem_alpha=1.0, rem_is_lora=True)
 OTHERS |= dict(distill_weight=0.5, distill_norm="l1-sum", distill_at="y_1", attach_teacher=True)
 OTHERS |= dict(n_latents=3, latents_per_step=1, max_stage=1, epochs_per_stage=0.5)
-OTHERS |= dict(cot_epochs=1.0)
+OTHERS |= dict(cot_epochs=1.0, codi_form="dart")
 OTHERS |= dict(removal_per_epoch=2.0, removal_smoothing=1.0, remove_all_beyond=4)
 
 

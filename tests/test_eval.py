@@ -116,29 +116,28 @@ def test_over_seeds_is_the_mean_and_one_interval():
 def test_measure_counts_what_a_model_writes():
     method = tiny(says=word_ids("? 12 Answer : 7 <eos>"))
     problems = [Problem("sam has 7 pens ?", [], gold) for gold in ("7", "7.0", "8", "7")]
-    figures, _ = evaluation.measure(method, "st", problems, timed=0)
+    figures, _ = evaluation.measure(evaluation.answerer(method, "st"), problems)
     expected = {"pathway": "st", "n": 4, "exact": 0.5, "numeric": 0.75, "passes": 2.0}
     expected["exact_interval"] = evaluation.wilson(2, 4)
     assert figures == expected | {"numeric_interval": evaluation.wilson(3, 4)}
-    figures, records = evaluation.measure(method, "cot", problems, batch_size=3, timed=0)
+    figures, records = evaluation.measure(evaluation.answerer(method, "cot"), problems, 3)
     assert (figures["exact"], figures["passes"]) == (0.5, 5.0)  # 12 Answer : 7 <eos>
     assert (records[0]["text"], records[0]["answer"]) == ("12 Answer:7", "7")
     assert method.model.merged is None  # each time a copy was
 
 
-def test_latency_is_of_each_question_behind_a_warm_up(monkeypatch):
-    """By a clock that goes on by a prompt's length in each pass."""
+def test_times_are_taken_in_turns_behind_a_warm_up(monkeypatch):
+    """By a clock that goes on by a prompt's length in each pass; one of two has <st>."""
     method, seen = tiny(), []
-    layer = method.model.layers[0]
-    layer.register_forward_hook(lambda layer, inputs, _: seen.append(inputs[0].shape[1]))
+    answerers = [evaluation.answerer(method, name, 1) for name in ("st", "cot")]
+    for one in answerers:
+        layer = one.model.layers[0]
+        layer.register_forward_hook(lambda layer, inputs, _: seen.append(inputs[0].shape[1]))
     monkeypatch.setattr(time, "perf_counter", lambda: float(sum(seen)))
     lengths = [13, 8, 18, 10, 15, 9, 17, 11, 16, 12, 14]  # BOS, question, four <st>, Answer, :
-    questions, pathway = ["sam " * (n - 7) for n in lengths], method.pathways["st"]
-    seconds = evaluation.latency(method.model, method.tokenizer, pathway, questions, 1)
-    assert seconds == lengths and seen == lengths[:5] + lengths
-    problems = [Problem(question, [], "1") for question in questions]
-    figures, _ = evaluation.measure(method, "st", problems, max_new_tokens=1, timed=11)
-    assert (figures["ms"], figures["ms_p90"]) == (1000 * 13.0, 1000 * 17.0)
+    times = evaluation.time_in_turns(answerers, ["sam " * (n - 7) for n in lengths], "cpu")
+    assert times == [{"ms": 13e3, "ms_p90": 17e3}, {"ms": 7e3, "ms_p90": 11e3}]
+    assert seen == [n - less for n in lengths[:5] + lengths for less in (0, 6)]
 
 
 def test_evaluation_of_several_pathways_and_data_sets(a_run, tmp_path, capsys):
@@ -158,7 +157,8 @@ def test_evaluation_of_several_pathways_and_data_sets(a_run, tmp_path, capsys):
         assert (st["speedup"], cot["speedup"]) == (cot["ms"] / st["ms"], 1.0)
     method, _ = dart.load_run(run, best=True)
     for i, (name, pathway) in enumerate(names):
-        _, expected = evaluation.measure(method, pathway, data.load(name, "valid")[:3], timed=0)
+        problems = data.load(name, "valid")[:3]
+        _, expected = evaluation.measure(evaluation.answerer(method, pathway), problems)
         about = {"data": name, "pathway": pathway}
         assert records[3 * i : 3 * i + 3] == [about | record for record in expected]
     with pytest.raises(ValueError, match="adapter.safetensors"):
@@ -199,7 +199,7 @@ def test_ask_shows_hostile_text_harmlessly(capsys):
     tokenizer = Tokenizer.from_pretrained(FIXTURES / "tokenizer-gpt2")
     ids = tokenizer.encode("Answer:\x1b[31m|\n\r7", bos=False, eos=True)
     method = tiny(tokenizer=tokenizer, says=ids)
-    rows = evaluation.ask(method, {"st": method.model}, "a|b \x1b[2J\x07?", 24)
+    rows = evaluation.ask(method, [evaluation.answerer(method, "st", 24)], "a|b \x1b[2J\x07?")
     out = capsys.readouterr().out
     assert rows[0]["written"] == "\x1b[31m|\n\r7"
     assert out.startswith("a\\|b \\x1b[2J\\x07?\n\n")

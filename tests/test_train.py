@@ -395,6 +395,20 @@ def test_a_comparison_ends_in_a_table(tmp_path, capsys):
     assert text in capsys.readouterr().out and "Guessing a remainder is right in 23.0 %" in text
 
 
+@pytest.mark.parametrize("method", ["dart", "coconut"])
+def test_a_dry_run_says_what_the_run_takes_and_leaves_nothing(tmp_path, method, capsys):
+    words = ["--method", method, "--steps", "6", "--epochs_per_stage", "0.004"]
+    words += ["--micro_batch_size", "4"]
+    out = main(tmp_path / "run", *words, "--dry_run")
+    titles, _, cells = capsys.readouterr().out.splitlines()
+    assert not out.exists() and "FLOP" in titles and f"| {method} " in cells
+    plan = train.planned(train.checked_run(options(*words, "--out", str(out)), "meta"))
+    result = train.read_json(main(out, *words) / "result.json")
+    assert plan["trained"] == result["trained_parameters"] and plan["steps"] == result["steps"]
+    assert plan["tokens"] == result["tokens"]
+    assert plan["flops"] == pytest.approx(sum(result["flops"].values()))
+
+
 def test_every_row_of_a_suite_is_checked_before_the_first_one_trains(tmp_path):
     out = tmp_path / "suite"
     with pytest.raises(ValueError, match="coconut: its schedule takes more than 40 steps"):
@@ -464,20 +478,26 @@ def test_tables_hold_means_over_seeds_and_the_papers_figures(tmp_path, monkeypat
         Path(one.out).mkdir(parents=True)
         train.write_json(Path(one.out) / "result.json", {"seconds": i, "flops": {"st": 1.0}})
 
-    def measure(seed, pathway, problems, **_):
-        share = exact[f"{pathway} {problems[0]}"] + seed / 10
+    def measure(answerer, problems):
+        (seed, pathway), (split,) = answerer, set(problem.question for problem in problems)
+        share = exact[f"{pathway} {split}"] + seed / 10
         return {"pathway": pathway, "exact": share, "n": len(problems)}, []
 
+    def load(name, split, *_, **more):
+        return 900 * [data.Problem(split, [], "")]
+
     method = type("Method", (int,), {"pathways": {"cot": 0, "st": 0}})  # a seed
+    monkeypatch.setattr(evaluation, "answerer", lambda *answerer: answerer)
     monkeypatch.setattr(evaluation, "measure", measure)
-    monkeypatch.setattr(data, "load", lambda name, split, *_, **more: 900 * [split])
+    monkeypatch.setattr(evaluation, "time_in_turns", lambda some, *_: [{"ms": x} for x in some])
+    monkeypatch.setattr(data, "load", load)
     monkeypatch.setattr(dart, "load_run", lambda out, **_: (method(Path(out).name), None))
     st, cot = train.make_tables(chosen, {"DART": runs}, "cpu")["gsm8k-aug"]
     for row, pathway, paper in ((st, "st", "24.7/19"), (cot, "cot", "-")):
         assert (row["row"], row["pathway"], row["paper"]) == ("DART", pathway, paper)
         assert row["exact"] == pytest.approx(exact[f"{pathway} test"] + 0.05)
         assert row["train"] == pytest.approx(exact[f"{pathway} train"] + 0.05)
-        assert (row["n"], row["seconds"]) == (1800, 0.5)
+        assert (row["n"], row["seconds"], row["ms"]) == (1800, 0.5, (0, pathway))
 
 
 def test_the_papers_figures_stand_beside_its_rows():
