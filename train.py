@@ -744,7 +744,6 @@ PLANNED = {  # columns of the table of --dry_run
     "schedule": ("schedule", str),
     "tokens": ("tokens", "{:.2e}".format),
     "flops": ("FLOP", "{:.2e}".format),
-    "peak_memory": evaluation.COLUMNS["peak_memory"],
 }
 SAMPLED = 200  # steps whose batches are looked at
 
@@ -760,29 +759,8 @@ def planned(run):
     trained = sum(size for size, is_trained in sizes if is_trained)
     row = dict(trained=trained, weights=sum(size for size, _ in sizes), steps=run.steps)
     row |= dict(problems=len(run.problems), lr=options.lr, schedule=options.schedule)
-    row |= dict(tokens=run.progress.tokens * run.steps / n, peak_memory=expected_memory(run))
-    return row | dict(flops=sum(run.progress.flops.values()) * run.steps / n)
-
-
-def expected_memory(run):
-    """Bytes that a process of the run holds at most, about: weights, gradients and moments of the
-    trained ones, what the longest micro-batch's pass keeps for the way back, and some logits."""
-    model, options = build_method(run.options, "meta").model, run.options
-    weights = {p.untyped_storage()._cdata: p for p in model.parameters()}
-    always = sum(p.nbytes + 12 * p.numel() * p.requires_grad for p in weights.values())
-    rows, passes = options.micro_batch_size or options.batch_size // run.world, []
-    for name, pathway in run.method.pathways.items():
-        kept, length = {}, max(len(example.ids) for example in run.examples[name])
-
-        def keep(tensor, kept=kept):
-            storage = tensor.untyped_storage()
-            kept[storage._cdata] = storage  # held, so that no other one gets its address
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            model(torch.zeros(rows, length, dtype=torch.long, device="meta"), pathway.silent)
-        passes.append(sum(s.nbytes() for key, s in kept.items() if key not in weights))
-    return always + max(passes) + 16 * dart.LOGITS
+    flops = sum(run.progress.flops.values())
+    return row | dict(tokens=run.progress.tokens * run.steps / n, flops=flops * run.steps / n)
 
 
 def checked_run(options, device):
@@ -811,11 +789,8 @@ def train_one(options, device):
     n, size, plan = len(run.problems), options.batch_size, planned(run)
     text = f"{options.method}: {run.steps} steps of {size} of {n} problems, into {run.out}"
     show(run, f"{text}; {len(run.valid)} others are for validation")
-    text = (
-        "{trained:,} of {weights:,} weights are trained; all steps take about {tokens:.1e} tokens"
-    )
-    gib = plan["peak_memory"] / 2**30
-    show(run, f"{text}, {{flops:.1e}} FLOP, and {gib:.2f} GiB a process".format(**plan))
+    text = "{trained:,} of {weights:,} weights are trained; in all about {tokens:.1e} tokens"
+    show(run, f"{text}, {{flops:.1e}} FLOP".format(**plan))
     empty = empty_cots(run.problems, run.method.drop_last_step)
     if "cot" in run.method.pathways and empty > n / 10:
         none = empty_cots(run.problems, False)

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import socketserver
+import sys
 import threading
 import unicodedata
 from collections import Counter
@@ -761,3 +762,12 @@ def test_run_program_ends_in_one_line_that_no_terminal_obeys(capsys, error, code
     said = capsys.readouterr().err
     assert stop.value.code == code and said.startswith("error: ") and said.count("\n") == 1
     assert said.rstrip("\n").isprintable() and (code != 2 or "nö" in said)
+
+
+def test_a_live_line_fits_the_terminal_and_is_replaced(monkeypatch, capsys):
+    data.show_live("not on a terminal")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "10")
+    data.show_live("0123456789abc")
+    data.show("0123456789abc stays")
+    assert capsys.readouterr().out == "\r\x1b[K012345678\r\x1b[K0123456789abc stays\n"

@@ -67,7 +67,10 @@ FULL = dict(lora_rank=0, schedule="constant", weight_decay=0.01)
         ("--preset llama-3.2-3b", dict(lr=5e-4, epochs=10)),
         ("--preset qwen2.5-1.5b", dict(lr=5e-4, epochs=10, schedule="cosine")),
         ("--preset gpt2", dict(lr=2e-3, epochs=40)),
-        ("--preset gpt2 --method codi", dict(lr=3e-3, distill_weight=1.0)),
+        # CODI's own scripts (Shen et al. 2025)
+        ("--preset gpt2 --method codi", dict(lr=3e-3, distill_weight=1.0, codi_form="authors")),
+        ("--preset llama-3.2-1b --method codi", dict(lr=8e-4, distill_weight=20.0, epochs=10)),
+        ("--preset llama-3.2-1b --method codi", dict(n_latents=6, distill_norm="auto")),
         ("--preset gpt2 --lr 1e-4", dict(lr=1e-4)),
         # All weights are trained. Coconut: 1e-4, decay 0.01, 25 epochs of CoT before (GPT-2, Hao et
         # al. 2024), 1e-5 on 1 B models (Shen et al. 2025); iCoT: 5e-5 (GPT-2), 1e-5 (7 B).
@@ -78,6 +81,7 @@ FULL = dict(lora_rank=0, schedule="constant", weight_decay=0.01)
         ("--preset llama-3.2-1b --suite table1", dict(lora_rank=128, schedule="cosine")),
         ("", dict(method="dart", lr=3e-3, steps=3000, lora_rank=0, compare=("no-cot", "pause"))),
         ("--epochs 3", dict(epochs=3, steps=0)),
+        ("--compare none", dict(compare=())),
         ("--method icot", dict(lr=2e-3, removal_per_epoch=0.3)),
     ],
 )
