@@ -7,7 +7,8 @@
     python eval.py --ckpt out/demo --lens "question"           what every layer holds of its silent
                                                                thoughts
     python eval.py --ckpt out/demo --lens                      how often that is a result of the CoT
-    python eval.py --ckpt DIR DIR --plot FILE                  the losses of several runs
+    python eval.py --ckpt DIR DIR --plot FILE                  the losses of several runs; or the
+                                                               table of a suite
     python eval.py --ckpt out/demo --export HF_DIR             a plain Hugging Face checkpoint
 
 --ask without a question reads lines of standard input: a question each, or {"question": "..."}.
@@ -29,6 +30,7 @@ import re
 import shutil
 import statistics
 import sys
+import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +41,8 @@ import torch
 
 import dart
 from data import Problem, Tokenizer, end, load, normalise, option, parse_json, parse_options
-from data import printable, replacing, run_program, show, show_live, sync, write_json, write_text
+from data import printable, read_json, replacing, run_program, show, show_live, sync
+from data import write_json, write_text
 from model import Transformer, export_hf
 
 
@@ -360,10 +363,10 @@ def token_text(tokenizer, token):
 
 
 def lens_table(columns, distances, width):
-    """What `lens` returns as tables: a row a layer, in each cell the likeliest tokens with their
-    probabilities in %, as many columns side by side as fit into the width."""
+    """What `lens` returns as tables: a row a layer, the last one above, in each cell the likeliest
+    tokens with their probabilities, as many columns side by side as fit into the width."""
     cells = {
-        name: ["  ".join(f"{token} {100 * p:.0f}" for token, p in layer) for layer in layers]
+        name: ["  ".join(f"{token} {p:.0%}" for token, p in layer) for layer in layers]
         for name, layers in columns.items()
     }
     if distances:
@@ -377,7 +380,7 @@ def lens_table(columns, distances, width):
     tables = []
     for names in blocks[1:]:
         layers = enumerate(zip(*(cells[name] for name in names), strict=True), 1)
-        rows = [{"layer": i} | dict(zip(names, layer, strict=True)) for i, layer in layers]
+        rows = [{"layer": i} | dict(zip(names, layer, strict=True)) for i, layer in layers][::-1]
         tables.append(table(rows, {name: (name, str) for name in ("layer", *names)}))
     return "\n\n".join(tables)
 
@@ -478,7 +481,7 @@ def run_lens(method, sets, options):
     columns, distances = lens(method, options.lens, new, k)
     print(lens_table(columns, distances, shutil.get_terminal_size((100, 0)).columns))
     if options.plot:
-        save_figure(options.plot, draw_lens, columns)
+        save_figure(options.plot, draw_lens, options.lens, columns)
     return [{"question": options.lens, "columns": columns, "distances": distances}]
 
 
@@ -502,50 +505,95 @@ def save_figure(path, draw, *arguments):
 
 
 def draw_losses(figure, directories):
-    """The losses of runs, one colour each."""
-    axes = figure.subplots()
-    for i, directory in enumerate(directories):
-        for (name, curve), style in zip(
-            loss_curves(directory).items(), ("-", "--", ":"), strict=False
-        ):
-            axes.plot(*curve, style, color=f"C{i}", label=f"{directory} {name}")
-    axes.set(xlabel="step", ylabel="loss", yscale="log")
-    axes.legend()
+    """The losses of runs, one colour each, and below them the accuracies on validation splits."""
+    curves = [log_curves(directory) for directory in directories]
+    rows = 1 + any(valid for _, valid in curves)
+    figure.set_size_inches(8, 3.5 * rows)
+    panels = figure.subplots(rows, sharex=True, squeeze=False)[:, 0]
+    for i, (directory, kinds) in enumerate(zip(directories, curves, strict=True)):
+        for axes, found in zip(panels, kinds, strict=False):
+            for (name, curve), style in zip(found.items(), ("-", "--", ":"), strict=False):
+                axes.plot(*curve, style, color=f"C{i}", label=f"{directory} {name}")
+    panels[0].set(ylabel="loss", yscale="log")
+    if rows == 2:
+        panels[1].set(ylabel="validation accuracy (%)", ylim=(0, 103))
+    panels[-1].set(xlabel="step")
+    for axes in panels:
+        axes.legend(fontsize="small")
 
 
-def loss_curves(directory):
-    """{loss: (steps, values)} of a run's log.jsonl. ValueError where it is none."""
-    path, curves = Path(directory) / "log.jsonl", {}
+def log_curves(directory):
+    """({loss: (steps, values)}, {pathway: (steps, accuracies in %)}) of a run's log.jsonl.
+    ValueError where it is none."""
+    path, losses, valid = Path(directory) / "log.jsonl", {}, {}
     try:
         for line in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
             names = list(line)[1 : list(line).index("lr")] if "lr" in line else []
-            for name in names:
+            found = [(losses, name, line[name]) for name in names]
+            found += [(valid, name, 100 * x) for name, x in line.get("valid", {}).items()]
+            for curves, name, value in found:
                 steps, values = curves.setdefault(name, ([], []))
                 steps.append(int(line["step"]))
-                values.append(float(line[name]))
-    except (ValueError, TypeError, KeyError, RecursionError, OverflowError) as error:
+                values.append(float(value))
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        RecursionError,
+        OverflowError,
+    ) as error:
         raise ValueError(f"{path}: not the log of a run ({error})") from None
-    if not curves:
+    if not losses:
         raise ValueError(f"{path}: there is no loss in it yet")
-    return curves
+    return losses, valid
 
 
-def draw_lens(figure, columns):
+def plain(text):
+    """A text that matplotlib does not take for a formula."""
+    return text.replace("$", r"\$")
+
+
+def draw_lens(figure, question, columns):
     """The likeliest token of `lens`'s columns as a heat map, the first layer at the bottom."""
     layers = list(zip(*columns.values(), strict=True))  # [L][P] of the k likeliest
-    figure.set_size_inches(max(8, 0.8 * len(columns)), max(4, 0.4 * len(layers)))
+    widest = max(len(cell[0][0]) for layer in layers for cell in layer)
+    width = 2.5 + len(columns) * max(0.5, 0.1 * widest)
+    figure.set_size_inches(width, 2 + 0.25 * len(layers))
     axes = figure.subplots()
     shares = [[cell[0][1] for cell in layer] for layer in layers]
-    axes.imshow(shares, aspect="auto", origin="lower", cmap="Greys", vmin=0, vmax=1)
+    image = axes.imshow(shares, aspect="auto", origin="lower", cmap="Greys", vmin=0, vmax=1)
+    figure.colorbar(image, label="probability")
     for y, layer in enumerate(layers):
         for x, ((token, p), *_) in enumerate(layer):
-            colour = "white" if p > 0.5 else "black"
-            axes.text(x, y, token.replace("$", r"\$"), ha="center", va="center", color=colour)
-    axes.set_xticks(
-        range(len(columns)), [name.replace("$", r"\$") for name in columns], rotation=45
-    )
+            kind = dict(color="white" if p > 0.5 else "black", fontsize=9)
+            axes.text(x, y, plain(token), ha="center", va="center", **kind)
+    axes.set_xticks(range(len(columns)), map(plain, columns), rotation=45, ha="right")
     axes.set_yticks(range(len(layers)), range(1, len(layers) + 1))
     axes.set(ylabel="layer")
+    axes.set_title(plain(textwrap.fill(one_cell(question), int(8 * width))), fontsize=10)
+
+
+def draw_table(figure, tables):
+    """A suite's table.json: a bar for each row, its 95 % interval, and a mark at the paper's."""
+    figure.set_size_inches(8, 1 + 3 * len(tables))
+    panels = figure.subplots(len(tables), squeeze=False)[:, 0]
+    for axes, (name, rows) in zip(panels, tables.items(), strict=True):
+        labels = [f"{row['row']}\n{row['pathway']}" for row in rows]
+        low, high = zip(*(row["exact_interval"] for row in rows), strict=True)
+        exact = np.array([row["exact"] for row in rows])
+        reach = 100 * np.abs(np.array([low, high]) - exact)
+        axes.bar(range(len(rows)), 100 * exact, yerr=reach, color="lightgrey", capsize=3)
+        paper = [
+            (i, float(row["paper"].partition("/")[0]))
+            for i, row in enumerate(rows)
+            if row["paper"] != "-"
+        ]
+        axes.plot(*zip(*paper, strict=True), "D", color="C3", label="paper") if paper else None
+        axes.set_xticks(range(len(rows)), map(plain, labels), rotation=45, ha="right")
+        axes.set(ylabel="exact match (%)", ylim=(0, 105), title=plain(name))
+        if paper:
+            axes.legend()
 
 
 def draw_figure2(figure, tables):
@@ -555,8 +603,9 @@ def draw_figure2(figure, tables):
     for name, rows in tables.items():
         rows = [row for row in rows if row["pathway"] == "st"]
         n_st = [int(row["row"].removeprefix("C = ")) for row in rows]
-        spread = [100 * row.get("exact_sd", 0) for row in rows]
-        left.errorbar(n_st, [100 * row["exact"] for row in rows], spread, label=name)
+        exact = np.array([row["exact"] for row in rows])
+        reach = np.abs(np.array([row["exact_interval"] for row in rows]).T - exact)  # 95 %
+        left.errorbar(n_st, 100 * exact, 100 * reach, capsize=3, label=name)
         right.plot(n_st, [row["ms"] for row in rows], linestyle=":")
     left.set(xlabel="C, number of silent tokens", ylabel="accuracy (%)")
     right.set(ylabel="time to an answer (ms, dotted)", ylim=(0, None))
@@ -682,11 +731,29 @@ def asked_for(options):
     return mode
 
 
+def remember(options, figures):
+    """Adds a line to eval.json of the run: when it was, what was asked for, and the figures."""
+    line = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "options": dataclasses.asdict(options)}
+    try:
+        with open(Path(options.ckpt[0]) / "eval.json", "a") as file:
+            file.write(json.dumps(line | {"figures": figures}) + "\n")
+    except OSError as error:
+        show(f"not in the run's eval.json: {error}")
+
+
 def main(argv=None):
     options = parse_options(Options, argv, __doc__)
     mode = asked_for(options)
     if mode == "plot":
-        return save_figure(options.plot, draw_losses, options.ckpt)
+        path = Path(options.ckpt[0])
+        if (path / "config.json").exists() or not path.is_dir():
+            return save_figure(options.plot, draw_losses, options.ckpt)
+        try:
+            return save_figure(options.plot, draw_table, read_json(path / "table.json"))
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError(
+                f"{path / 'table.json'}: not the table of a suite ({error!r})"
+            ) from None
     device = pick_device(options.device)
     method, run = dart.load_run(options.ckpt[0], options.model, device, options.dtype, options.best)
     if unknown := [name for name in options.pathway if name not in method.pathways]:
@@ -708,6 +775,7 @@ def main(argv=None):
         figures = run_lens(method, sets, options)
     else:
         figures, records = evaluate_run(method, sets, options)
+        remember(options, figures)
     if options.json:
         write_json(options.json, figures)
     if options.examples:

@@ -298,7 +298,8 @@ def train_side_by_side(commands, jobs):
 
 # ------------------------------------------------------------------------------- run directories
 
-RUN_FILES = ["result.json", "test.json", "table.md", "table.json", *data.BESIDE]  # in this order
+RUN_FILES = ["result.json", "test.json", "table.md", "table.json", "eval.json"]  # in this order
+RUN_FILES += data.BESIDE
 RUN_FILES += ["adapter.safetensors", "best.safetensors", "checkpoint.safetensors", "log.jsonl"]
 RUN_FILES += [name for names in data.READERS for name in names]
 

@@ -153,6 +153,8 @@ def test_evaluation_of_several_pathways_and_data_sets(a_run, tmp_path, capsys):
     names = [(name, pathway) for name in (mine, "demo") for pathway in ("st", "cot")]
     assert [(row["data"], row["pathway"], row["n"]) for row in rows] == [(*n, 3) for n in names]
     assert capsys.readouterr().out == evaluation.table(rows) + "\n"
+    kept = json.loads((run / "eval.json").read_text().splitlines()[-1])
+    assert kept["figures"] == rows and kept["options"]["limit"] == 3
     for st, cot in (rows[:2], rows[2:]):
         assert (st["speedup"], cot["speedup"]) == (cot["ms"] / st["ms"], 1.0)
     method, _ = dart.load_run(run, best=True)
@@ -287,14 +289,17 @@ CELLS = {  # token -> layer -> the likeliest tokens
 
 
 def test_lens_table_fits_the_width():
-    for width in range(24, 64):
+    for width in range(26, 74):
         text = evaluation.lens_table(CELLS, [0.5, 0.25], width)
         assert max(map(len, text.splitlines())) <= width
         blocks = [block.splitlines() for block in text.split("\n\n")]
         headings = [re.split(r" *\| *", block[0])[1:-1] for block in blocks]
         assert all(heading[0] == "layer" for heading in headings)
         assert sum((heading[1:] for heading in headings), []) == [*CELLS, "distance"]
-    assert text.splitlines()[3] == "| 2     | c 100  d 0  | $x$ 90  h 10 | h 50  b 10 | 0.250    |"
+    assert (
+        text.splitlines()[-1]
+        == "| 1     | a 25%  bb 10% | e 50%  f 50%   | g 75%  b 10% | 0.500    |"
+    )
 
 
 def test_lens_on_the_command_line(a_run, tmp_path, capsys):
@@ -312,22 +317,30 @@ def test_lens_on_the_command_line(a_run, tmp_path, capsys):
 def test_damaged_log_is_refused(tmp_path, text):
     (tmp_path / "log.jsonl").write_text(text)
     with pytest.raises(ValueError, match="log.jsonl"):
-        evaluation.loss_curves(tmp_path)
+        evaluation.log_curves(tmp_path)
 
 
 def test_plots_draw_the_figures(a_run, tmp_path):
     figure = pytest.importorskip("matplotlib.figure", reason="draws")
-    losses, lens, accuracy = figure.Figure(), figure.Figure(), figure.Figure()
+    losses, lens, accuracy, bars = (figure.Figure() for _ in range(4))
     evaluation.draw_losses(losses, [a_run, a_run])
     log = [json.loads(line) for line in (a_run / "log.jsonl").read_text().splitlines()]
     values = [[x[name] for x in log if name in x] for name in ("cot", "st", "distill")]
     curves = [line.get_xydata().T.tolist() for line in losses.axes[0].lines]
     assert curves == 2 * [[[1, 2, 3], some] for some in values]
-    evaluation.draw_lens(lens, CELLS)
+    (valid,) = [line["valid"] for line in log if "valid" in line]
+    found = {(line.get_xydata()[-1].tolist()[1]) for line in losses.axes[1].lines}
+    assert found == {100 * share for share in valid.values()}
+    evaluation.draw_lens(lens, "how many $?", CELLS)
+    assert lens.axes[0].get_title() == r"how many \$?"
     assert lens.axes[0].images[0].get_array().tolist() == [[0.25, 0.5, 0.75], [1.0, 0.9, 0.5]]
     texts = {text.get_position(): text.get_text() for text in lens.axes[0].texts}
     assert (texts[2, 0], texts[0, 1], texts[1, 1]) == ("g", "c", r"\$x\$")
     rows = [dict(row=f"C = {n}", pathway="st", exact=n / 40, ms=30 + n) for n in (0, 20)]
+    rows = [row | dict(exact_interval=(0, 0.75), paper="40.5/37") for row in rows]
+    evaluation.draw_table(bars, {"svamp": rows})
+    assert [bar.get_height() for bar in bars.axes[0].patches] == [0, 50]
+    assert bars.axes[0].lines[-1].get_ydata().tolist() == [40.5, 40.5]
     evaluation.draw_figure2(accuracy, {"svamp": rows})
     left, right = (axes.lines[0].get_xydata().tolist() for axes in accuracy.axes)
     assert left == [[0, 0], [20, 50]] and right == [[0, 30], [20, 50]]
