@@ -61,28 +61,19 @@ class Options:
     n_st: int = option(20, "number C of silent tokens (dart, pause)", group="the pathways")
     last_step: str = option("auto", "of the CoT; auto: dart, codi drop it", "auto drop keep")
 
-    lora_rank: int = option(
-        128, "rank of LoRA on q, k, v, o; 0: all weights are trained", group="LoRA and REM"
-    )
+    lora_rank: int = option(128, "rank on q, k, v, o; 0: all weights train", group="LoRA and REM")
     lora_alpha: float = option(32.0, "LoRA is scaled by lora_alpha / lora_rank")
     lora_dropout: float = option(0.1, "dropout on LoRA's input, below 1", high=0.99)
     rem_rank: int = option(128, "rank d of REM (dart); 0: no REM")
     rem_alpha: float = option(32.0, "REM is scaled by rem_alpha / rem_rank")
     rem_is_lora: bool = option(False, "instead of REM, a second LoRA in the ST pathway (dart)")
 
-    distill_weight: float = option(
-        20.0, "lambda of equation (5)", group="the distillation of dart and codi"
-    )
+    distill_weight: float = option(20.0, "lambda of equation (5)", group="distillation")
     distill_norm: str = option("auto", "auto: l1; codi: smooth-l1", "auto l1 l1-sum smooth-l1")
     distill_at: str = option("z_N", "tokens whose states are compared", "z_N y_1 z_N+Y")
     attach_teacher: bool = option(False, "let the distillation train the CoT pathway, too")
 
-    n_latents: int = option(
-        6,
-        "continuous thoughts (codi)",
-        low=1,
-        group="continuous thoughts, and steps left out in stages",
-    )
+    n_latents: int = option(6, "continuous thoughts (codi)", low=1, group="thoughts and stages")
     codi_form: str = option("authors", "its losses: the authors', or as dart's", "authors dart")
     latents_per_step: int = option(2, "thoughts for each step that is left out (coconut)", low=1)
     max_stage: int = option(3, "steps left out, one a stage, before all are (coconut)", low=1)
@@ -530,8 +521,7 @@ class CODI(DART):
     the teacher of Q | <bot> | thoughts | <eot> | Answer: | Y EOS. LoRA in the MLP, too.
 
     As in its authors' code an example's loss is one mean, for the student over separator and
-    answer, and the last layer is compared after the final norm. Both make the distillation weigh
-    more beside the cross-entropy than in DART's form (codi_form dart)."""
+    answer, and the last layer is compared after the final norm (codi_form dart: as DART does)."""
 
     uses = ("last_step", "n_latents", "codi_form")
     uses += ("distill_weight", "distill_norm", "distill_at", "attach_teacher")

@@ -270,12 +270,15 @@ def question_of(line):
 def ask(method, answerers, question):
     """Prints the answers to a question through all pathways, side by side -> a row for each."""
     check_room(method, 0, [Problem(question, [], "")], answerers[0].max_new_tokens)
-    rows, times = [], time_in_turns(answerers, [question], method.model.device)
-    for (name, *how, new), ms in zip(answerers, times, strict=True):
+    rows = []
+    for name, *how, new in answerers:
+        dart.answer(*how, [question], new)  # a warm-up
+        start = time.perf_counter()
         ((text, passes),) = dart.answer(*how, [question], new)
+        ms = 1000 * (time.perf_counter() - start)
         answer = method.pathways[name].extract_answer(text).strip()
         row = {"question": question, "pathway": name, "answer": answer, "passes": passes}
-        rows.append(row | {"ms": ms["ms"], "written": text})
+        rows.append(row | {"ms": ms, "written": text})
     cells = [row | {k: one_cell(row[k]) for k in ("answer", "written")} for row in rows]
     print(f"{one_cell(normalise(question))}\n\n{table(cells)}\n", flush=True)
     return rows
@@ -584,15 +587,12 @@ def draw_table(figure, tables):
         exact = np.array([row["exact"] for row in rows])
         reach = 100 * np.abs(np.array([low, high]) - exact)
         axes.bar(range(len(rows)), 100 * exact, yerr=reach, color="lightgrey", capsize=3)
-        paper = [
-            (i, float(row["paper"].partition("/")[0]))
-            for i, row in enumerate(rows)
-            if row["paper"] != "-"
-        ]
-        axes.plot(*zip(*paper, strict=True), "D", color="C3", label="paper") if paper else None
         axes.set_xticks(range(len(rows)), map(plain, labels), rotation=45, ha="right")
         axes.set(ylabel="exact match (%)", ylim=(0, 105), title=plain(name))
+        paper = {i: row["paper"] for i, row in enumerate(rows) if row["paper"] != "-"}
         if paper:
+            accuracies = [float(figures.partition("/")[0]) for figures in paper.values()]
+            axes.plot([*paper], accuracies, "D", color="C3", label="paper")
             axes.legend()
 
 

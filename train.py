@@ -64,9 +64,7 @@ from model import MODELS, ModelConfig
 class Options(dart.Options):
     """The defaults are those of Llama-3.2-1B: the paper's, and CODI's where it is silent."""
 
-    preset: str = option(
-        "demo", "recipe; what is given replaces its options", lambda: MODELS, group="the command"
-    )
+    preset: str = option("demo", "recipe, where nothing is given", lambda: MODELS, group="command")
     out: str = option("", "directory of the run; by default out/PRESET")
     resume: bool = option(False, "continue the run in --out, or begin it")
     overwrite: bool = option(False, "replace the run in --out")
@@ -88,16 +86,12 @@ class Options(dart.Options):
     beta2: float = option(0.999, "AdamW's", high=0.99999)
     grad_clip: float = option(2.0, "largest norm of the gradient; 0: no limit")
 
-    eval_every: int = option(
-        0, "steps between validations; 0: once an epoch", group="evaluation and files"
-    )
+    eval_every: int = option(0, "steps between validations; 0: an epoch", group="evaluation, files")
     eval_size: int = option(500, "most validation problems; 0: none, where there are none")
     log_every: int = option(10, "steps between lines of the log", low=1)
     save_every: int = option(500, "steps between checkpoints", low=1)
 
-    micro_batch_size: int = option(
-        0, "problems in a forward pass; 0: all of a process", group="speed and memory"
-    )
+    micro_batch_size: int = option(0, "problems in a pass; 0: all", group="speed, memory")
     activation_checkpointing: bool = option(False, "less memory, more time")
     compile: bool = option(False, "torch.compile of the layers")
 
@@ -676,11 +670,9 @@ def log_step(run, losses, norm, lr):
     record = {name: loss.item() for name, loss in losses.items()} | {"lr": lr, "grad_norm": norm}
     record |= {"seconds": run.progress.seconds, "peak_memory": peak_memory(run.model.device)}
     record["tokens_per_s"] = run.progress.tokens / run.progress.seconds
+    speed, peak = record["tokens_per_s"], record["peak_memory"] / 2**30
     text = f"{step_text(run, losses)}  lr {lr:.1e}  |g| {norm:.2f}"
-    text += (
-        f"  {record['tokens_per_s']:,.0f} tokens/s  peak {record['peak_memory'] / 2**30:.2f} GiB"
-    )
-    log(run, record, text)
+    log(run, record, f"{text}  {speed:,.0f} tokens/s  peak {peak:.2f} GiB")
 
 
 def step_text(run, losses):
@@ -790,14 +782,14 @@ def train_one(options, device):
     n, size, plan = len(run.problems), options.batch_size, planned(run)
     text = f"{options.method}: {run.steps} steps of {size} of {n} problems, into {run.out}"
     show(run, f"{text}; {len(run.valid)} others are for validation")
-    text = "{trained:,} of {weights:,} weights are trained; in all about {tokens:.1e} tokens"
-    show(run, f"{text}, {{flops:.1e}} FLOP".format(**plan))
+    text = f"{plan['trained']:,} of {plan['weights']:,} weights are trained; in all about"
+    show(run, f"{text} {plan['tokens']:.1e} tokens, {plan['flops']:.1e} FLOP")
     empty = empty_cots(run.problems, run.method.drop_last_step)
     if "cot" in run.method.pathways and empty > n / 10:
         none = empty_cots(run.problems, False)
         show(run, f"{empty} of {n} CoTs are empty ({none} with --last_step keep)")
+    width = shutil.get_terminal_size((100, 0)).columns
     for name, examples in run.examples.items():
-        width = shutil.get_terminal_size((100, 0)).columns
         picture = data.picture(examples[0], run.method.tokenizer, width)
         show(run, f"{name}: the first problem, and what its tokens weigh in the loss\n{picture}")
     with noting_signals():
@@ -881,7 +873,7 @@ def run_command(options, argv, held):
     (rank, world), commands = rank_and_world(), plan(options, argv)
     rows = {row: [read_options(words) for words in some] for row, some in commands.items()}
     runs = [one for some in rows.values() for one in some]
-    for one in runs if len(runs) > 1 else ():
+    for one in runs if len(runs) > 1 and not options.dry_run else ():
         checked_run(one, "meta")
     if len(runs) > 1 and Path(options.data).is_file() and not options.test_data:
         raise ValueError(f"--test_data is missing: {options.data} is what is trained on")
@@ -889,8 +881,9 @@ def run_command(options, argv, held):
         data.load(name, "test", options.seed, options.data_dir)
     check_directory(runs[-1])
     if options.dry_run:
-        first = {row: checked_run(some[0], "meta") for row, some in rows.items()}
-        plans = [{"row": row} | planned(run) for row, run in first.items()]
+        plans = [
+            {"row": row} | planned(checked_run(first, "meta")) for row, (first, *_) in rows.items()
+        ]
         return data.show(evaluation.table(plans, PLANNED)) if rank == 0 else None
     for out in {options.out, *(one.out for one in runs)} if rank == 0 and not BESIDE else ():
         held.callback(os.close, lock(Path(out)))
