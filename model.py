@@ -627,6 +627,31 @@ class Transformer(nn.Module):
         head = (3 if self.head.requires_grad else 2) * 2 * learned * self.head.numel()
         return float(total + head)
 
+    def kept_bytes(self, tokens, silent=False, thoughts=0):
+        """Bytes that a pass over so many tokens, padding among them, keeps for its backward pass:
+        in each layer the inputs of what is not linear, and of what is trained."""
+        config, adapters, size = self.config, self.adapters, self.compute_dtype.itemsize
+        n, m = config.hidden_size, config.intermediate_size
+        inputs = dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), n)
+        inputs |= {"o_proj": config.num_attention_heads * config.head_dim, "down_proj": m}
+        loras = adapters.lora_on if adapters.lora_rank else ()
+        values = 2 * n + n  # of the norms, of attention
+        # q, k and v of all heads, and what comes out; keys and values anew for each thought
+        values += (4 + 2 * thoughts) * inputs["o_proj"]
+        values += m if config.model_type == "gpt2" else 3 * m
+        if not loras or "up_proj" in loras:
+            values += n + m
+        if silent and adapters.rem_rank and adapters.rem_is_lora:
+            loras += adapters.rem_on
+        elif silent and adapters.rem_rank:
+            values += len(adapters.rem_on) * n
+        total = values * size + (2 * n * 4 if size < 4 else 0)  # norms are in fp32
+        if adapters.lora_dropout:
+            total += sum(inputs[name] for name in loras) * (size + 1)  # and what is dropped
+        if self.activation_checkpointing:  # inputs of layers; one layer, and gradients in it
+            return int(tokens * (config.num_hidden_layers * n * size + 1.5 * total))
+        return tokens * config.num_hidden_layers * total
+
     @classmethod
     def from_pretrained(cls, directory, adapters=Adapters(), dtype=torch.float32, device="cpu"):
         """The model of a Hugging Face directory: config.json, and model.safetensors or the shards

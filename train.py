@@ -737,6 +737,7 @@ PLANNED = {  # columns of the table of --dry_run
     "schedule": ("schedule", str),
     "tokens": ("tokens", "{:.2e}".format),
     "flops": ("FLOP", "{:.2e}".format),
+    "memory": ("GiB", lambda size: f"{size / 2**30:.1f}"),
 }
 SAMPLED = 200  # steps whose batches are looked at
 
@@ -752,8 +753,24 @@ def planned(run):
     trained = sum(size for size, is_trained in sizes if is_trained)
     row = dict(trained=trained, weights=sum(size for size, _ in sizes), steps=run.steps)
     row |= dict(problems=len(run.problems), lr=options.lr, schedule=options.schedule)
+    row["memory"] = expected_memory(run)
     flops = sum(run.progress.flops.values())
     return row | dict(tokens=run.progress.tokens * run.steps / n, flops=flops * run.steps / n)
+
+
+def expected_memory(run):
+    """Bytes at the peak of a step, of one process: weights, gradients and moments, what the larger
+    pass over the longest problems keeps, and a piece of the logits with its gradient."""
+    model, options, config = run.model, run.options, run.model.config
+    rows = options.micro_batch_size or options.batch_size // run.world
+    kept = []
+    for name, pathway in run.method.pathways.items():
+        tokens = rows * max(len(example.ids) for example in run.examples[name])
+        kept.append(model.kept_bytes(tokens, pathway.silent, pathway.n_latents or 0))
+    trained = sum(p.numel() for p in run.method.parameters() if p.requires_grad)
+    logits = min(max(dart.LOGITS, config.vocab_size), tokens * config.vocab_size)
+    passes = sum(kept) if options.attach_teacher else max(kept)
+    return sum(p.nbytes for p in run.method.parameters()) + 12 * trained + passes + 8 * logits
 
 
 def checked_run(options, device):
@@ -783,7 +800,8 @@ def train_one(options, device):
     text = f"{options.method}: {run.steps} steps of {size} of {n} problems, into {run.out}"
     show(run, f"{text}; {len(run.valid)} others are for validation")
     text = f"{plan['trained']:,} of {plan['weights']:,} weights are trained; in all about"
-    show(run, f"{text} {plan['tokens']:.1e} tokens, {plan['flops']:.1e} FLOP")
+    text += f" {plan['tokens']:.1e} tokens, {plan['flops']:.1e} FLOP"
+    show(run, f"{text}, {plan['memory'] / 2**30:.1f} GiB of memory")
     empty = empty_cots(run.problems, run.method.drop_last_step)
     if "cot" in run.method.pathways and empty > n / 10:
         none = empty_cots(run.problems, False)

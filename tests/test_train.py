@@ -7,11 +7,13 @@ import math
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dart
 import data
@@ -411,6 +413,56 @@ def test_a_dry_run_says_what_the_run_takes_and_leaves_nothing(tmp_path, method, 
     assert plan["trained"] == result["trained_parameters"] and plan["steps"] == result["steps"]
     assert plan["tokens"] == result["tokens"]
     assert plan["flops"] == pytest.approx(sum(result["flops"].values()))
+
+
+class Memory(TorchDispatchMode):
+    """Within, the bytes that tensors made here hold, and their peak."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.held, self.peak = weakref.WeakSet(known), 0
+        self.now = 0
+
+    def drop(self, size):
+        self.now -= size
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and storage not in self.held:
+                self.held.add(storage)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.drop, storage.nbytes())
+        return result
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--method", "no-cot"],
+        ["--method", "dart"],
+        ["--method", "dart", "--attach_teacher"],
+        ["--method", "codi"],
+        ["--method", "dart", "--lora_rank", "8"],
+        ["--method", "dart", "--lora_rank", "8", "--rem_is_lora", "--dtype", "bf16"],
+        ["--method", "dart", "--lora_rank", "8", "--activation_checkpointing"],
+    ],
+)
+def test_the_expected_memory_is_what_a_step_takes(words):
+    run = train.prepare(options("--batch_size", "64", *words), "cpu")
+    lengths = np.array([[len(e.ids) for e in some] for some in run.examples.values()])
+    batch = max(train.global_batches(run), key=lambda indices: lengths[:, indices].max())
+
+    def forward(pathway, micro, sync):
+        return run.method(pathway, micro.batches[pathway])
+
+    parameters = list(run.method.parameters())
+    with Memory([p.untyped_storage() for p in parameters]) as memory:
+        run.method.training_step(forward, train.micro_batches(run, 1, batch))
+    fixed = sum(p.nbytes + 8 * p.numel() * p.requires_grad for p in parameters)
+    assert train.expected_memory(run) == pytest.approx(fixed + memory.peak, rel=0.2)
 
 
 def test_every_row_of_a_suite_is_checked_before_the_first_one_trains(tmp_path):
