@@ -532,7 +532,7 @@ class Transformer(nn.Module):
         [B, T - first_needed, n].
 
         silent: the ST pathway (REM on). cache: a KVCache, to be written and read.
-        positions [B, T]: of the tokens in their rows, for decoding with a cache; None: 0..T-1.
+        positions [B, T]: of the tokens in their rows; None: those behind what the cache holds.
         capture: (rows [P], columns [P]) of tokens; then it returns (hidden, states [L, P, n]), the
         output of every decoder layer there, before the final norm. Nothing else of it is kept.
         first_needed: the first index that is asked for, without positions; of the tokens before,
@@ -540,16 +540,13 @@ class Transformer(nn.Module):
         ValueError for rows longer than the model's positions.
         """
         x = ids if ids.is_floating_point() else self.embed(ids)
-        T, mask, most = x.shape[1], None, self.config.max_position_embeddings
-        kv_length = T if positions is None else cache.length + T
+        start, most = cache.length if cache else 0, self.config.max_position_embeddings
+        kv_length = start + x.shape[1]
         if kv_length > most:
             raise ValueError(f"a row of {kv_length} tokens, but the model has {most} positions")
-        columns = torch.arange(kv_length, device=x.device)
-        if positions is None:
-            positions = columns[None]
-        else:
-            mask = columns <= positions[:, None, :, None]  # [B, 1, T, kv_length]
-        rope = None
+        columns, rope = torch.arange(kv_length, device=x.device), None
+        positions = columns[None, start:] if positions is None else positions
+        mask = columns <= positions[:, None, :, None] if start else None  # [B, 1, T, kv_length]
         if self.frequencies is None:
             x = x + F.embedding(positions, self.embed_positions)
         else:

@@ -882,13 +882,16 @@ def main(argv=None):
         threading.Thread(target=watch_parent, args=[parent], daemon=True).start()
     with contextlib.ExitStack() as held:
         run_command(read_options(argv), argv, held)
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def run_command(options, argv, held):
     """Checks all runs of a command before the first one trains, trains them and compares them; held
     keeps their locks."""
     device = start_processes(options.device)
-    (rank, world), commands = rank_and_world(), plan(options, argv)
+    (rank, _), commands = rank_and_world(), plan(options, argv)
     rows = {row: [read_options(words) for words in some] for row, some in commands.items()}
     runs = [one for some in rows.values() for one in some]
     for one in runs if len(runs) > 1 and not options.dry_run else ():
@@ -918,9 +921,6 @@ def run_command(options, argv, held):
         write_tables(options, make_tables(options, rows, device))
     if rank == 0 and not options.suite and not BESIDE:
         data.show(f"The run is in {options.out}. Next: python eval.py --ckpt {options.out}")
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
