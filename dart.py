@@ -185,11 +185,9 @@ def distill_loss(teacher, student, sigma=None, norm="l1", weights=None):
     """
     teacher, student = teacher.float(), student.float()
     sigma = global_std([teacher]) if sigma is None else sigma
-    if norm == "smooth-l1":
-        distance = F.smooth_l1_loss(student, teacher, reduction="none").mean(dim=2)  # [L, B]
-    else:
-        distance = (teacher - student).abs().sum(dim=2)
-        distance = distance / (1 if norm == "l1-sum" else teacher.shape[2])
+    loss = F.smooth_l1_loss if norm == "smooth-l1" else F.l1_loss
+    distance = loss(student, teacher, reduction="none")  # [L, B, n]
+    distance = distance.sum(dim=2) if norm == "l1-sum" else distance.mean(dim=2)  # [L, B]
     distance = distance.mean(dim=1) if weights is None else distance @ weights  # [L]
     return (distance / sigma.clamp(min=1e-6)).mean()
 
@@ -245,10 +243,9 @@ class Method(nn.Module):
         if len(tokenizer.reserved) >= n and not cls.trains_special_tokens:
             n = 0
         trained = cls.trains_special_tokens or not options.lora_rank
-        lora = {
-            name: getattr(options, name) for name in ("lora_rank", "lora_alpha", "lora_dropout")
-        }
-        return Adapters(new_embeddings=n, train_new_embeddings=trained, **lora, **more)
+        names = ("lora_rank", "lora_alpha", "lora_dropout", *cls.uses)  # in `uses`: REM's
+        given = {name: getattr(options, name) for name in names if hasattr(Adapters, name)}
+        return Adapters(new_embeddings=n, train_new_embeddings=trained, **given, **more)
 
     def __init__(self, model, tokenizer, options):
         super().__init__()
@@ -320,11 +317,6 @@ class DART(Method):
     drops_last_step = True
     n_special_tokens = 1
 
-    @classmethod
-    def adapters(cls, tokenizer, options):
-        rem = {name: getattr(options, name) for name in ("rem_rank", "rem_alpha", "rem_is_lora")}
-        return super().adapters(tokenizer, options, **rem)
-
     def make_pathways(self):
         st = Pathway(silent=True, n_silent=self.options.n_st, special_ids=self.special_ids)
         return {"cot": self.cot_pathway(), "st": st}
@@ -335,29 +327,24 @@ class DART(Method):
         All passes of the teacher, then sigma over the whole batch, then those of the student. The
         teacher is detached, so its graph is gone before the student's is built.
         """
-        attached, teacher, student = self.options.attach_teacher, *self.pathways
-        cot_losses, teacher_states = [], []
+        (teacher, student), taught = self.pathways, []
         for micro in micro_batches:
             loss_cot, h_teacher = forward(teacher, micro, sync=False)
-            if not attached:
+            if not self.options.attach_teacher:
                 (micro.share * loss_cot).backward()
                 loss_cot, h_teacher = loss_cot.detach(), h_teacher.detach()
-            cot_losses.append(loss_cot)
-            teacher_states.append(h_teacher)
+            taught.append((micro, loss_cot, h_teacher))
 
-        sigma = global_std(teacher_states)
+        sigma = global_std([h_teacher for *_, h_teacher in taught])
         norm, totals = self.options.distill_norm, torch.zeros(3, device=sigma.device)
         norm = self.distill_norm if norm == "auto" else norm
-        for micro, loss_cot, h_teacher in zip(
-            micro_batches, cot_losses, teacher_states, strict=True
-        ):
+        for micro, loss_cot, h_teacher in taught:
             loss_st, h_student = forward(student, micro, sync=micro is micro_batches[-1])
             *_, weights = self.distill_positions(micro.batches[student])
             loss_distill = distill_loss(h_teacher, h_student, sigma, norm, weights)
-            loss = loss_st + self.options.distill_weight * loss_distill
-            (micro.share * (loss + loss_cot if attached else loss)).backward()
-            losses = torch.stack((loss_cot, loss_st, loss_distill)).detach()
-            totals += micro.share * losses
+            loss = loss_cot + loss_st + self.options.distill_weight * loss_distill
+            (micro.share * loss).backward()
+            totals += micro.share * torch.stack((loss_cot, loss_st, loss_distill)).detach()
         return dict(zip((teacher, student, "distill"), totals, strict=True))
 
 
@@ -412,8 +399,7 @@ def answer(model, tokenizer, pathway, questions, max_new_tokens, batch_size=64, 
     model.eval()
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        chosen_prompts = [prompts[i] for i in chosen]
-        rows = generate(model, tokenizer, pathway, chosen_prompts, max_new_tokens)
+        rows = generate(model, tokenizer, pathway, [prompts[i] for i in chosen], max_new_tokens)
         for i, row in zip(chosen, rows, strict=True):
             text = tokenizer.decode(row[:-1] if row[-1] == tokenizer.eos_id else row)
             answers[i] = Answer(text, len(row) + (pathway.n_latents or 0))
@@ -531,8 +517,7 @@ class CODI(DART):
     @classmethod
     def adapters(cls, tokenizer, options):
         everywhere = Adapters.lora_on + ("gate_proj", "up_proj", "down_proj")
-        more = dict(lora_on=everywhere, projector=True)
-        return super(DART, cls).adapters(tokenizer, options, **more)
+        return super().adapters(tokenizer, options, lora_on=everywhere, projector=True)
 
     def make_pathways(self):
         n, one_mean = self.options.n_latents, self.options.codi_form == "authors"
@@ -563,17 +548,17 @@ def hidden_behind_latents(model, batch, tokens, cache=None, capture=None):
     positions = last[:, None] + after  # [B, R], of the last thought and what follows it
     if cache is None:
         cache = KVCache(model, len(rows), int(positions.max()) + 1)
-    to_embedding = model.projector or nn.Identity()
+    to_embedding = model.projector or nn.Identity()  # in fp32
 
     hidden = model(batch.ids[:, : int(batch.latent_start.max())], cache=cache)
     hidden = hidden[rows, batch.latent_start - 1]  # [B, n], at <bot>
     for i in range(batch.n_latents - 1):
         at = (batch.latent_start + i)[:, None]
-        hidden = model(to_embedding(hidden)[:, None], positions=at, cache=cache)[:, 0]
+        hidden = model(to_embedding(hidden.float())[:, None], positions=at, cache=cache)[:, 0]
 
     ids = batch.ids.gather(1, positions.clamp(max=batch.ids.shape[1] - 1))
-    x = model.embed(ids).to(hidden.dtype)
-    x = torch.cat((to_embedding(hidden)[:, None], x[:, 1:]), dim=1)  # [B, R, n]
+    thought = to_embedding(hidden.float())[:, None]
+    x = torch.cat((thought, model.embed(ids)[:, 1:]), dim=1)  # [B, R, n]
     row, col = tokens
     if capture is not None:
         capture = capture[0], capture[1] - last[capture[0]]
@@ -685,15 +670,12 @@ def load_run(directory, base=None, device="cpu", dtype=None, best=False):
     tokenizer = Tokenizer.from_pretrained(directory)
     path = directory / ("best.safetensors" if best else "adapter.safetensors")
     tensors, about = load_weights(path)
-    if options.whole:
-        method = build(options, tokenizer, model_config, device, dtype, init=False)
-        method.model.base_digest = saved["run"].get("base weights")
-    else:
-        there = dataclasses.replace(options, model=base or options.model)
-        method = build(there, tokenizer, None, device, dtype)
+    there, where = dataclasses.replace(options, model=base or options.model), ""
+    if not options.whole:
+        model_config, where = None, f" (with the base {there.model})"
+    method = build(there, tokenizer, model_config, device, dtype, init=False)
     ours = fingerprint(options, method.model, tokenizer)
-    where = "" if options.whole else f" (with the base {there.model})"
     check_same_run(f"{directory / 'config.json'}{where}", saved["run"], ours)
-    check_same_run(path, about["run"], ours)
+    check_same_run(path, about["run"], saved["run"])
     method.model.load_state(tensors, path, options.whole)
     return method.eval(), options

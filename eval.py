@@ -22,7 +22,6 @@ if __name__ == "__main__":  # Ctrl-C ends the program without a word while modul
 import copy
 import dataclasses
 import functools
-import importlib.util
 import json
 import math
 import os
@@ -41,8 +40,8 @@ import torch
 
 import dart
 from data import Problem, Tokenizer, end, load, normalise, option, parse_json, parse_options
-from data import printable, read_json, replacing, run_program, show, show_live, sync
-from data import write_json, write_text
+from data import printable, read_json, replacing, run_program, show, show_live
+from data import write_bytes, write_json, write_text
 from model import Transformer, export_hf
 
 
@@ -85,15 +84,23 @@ def percent(share):
     return f"{100 * share:.1f}"
 
 
+def both(shares):
+    return " / ".join(map(percent, shares))
+
+
 COLUMNS = {  # of all tables: key -> (title, how its values are written)
     "row": ("row", str),
-    "method": ("method", str),
     "data": ("data", str),
     "pathway": ("answers through", str),
     "exact": ("exact %", percent),
     "exact_sd": ("± %", percent),
     "exact_interval": ("95 %", lambda interval: "-".join(map(percent, interval))),
+    "layer": ("layer", str),
     "n": ("n", str),
+    "<st>": ("<st>", both),
+    "z_N": ("z_N", both),
+    "CoT's z_N": ("CoT's z_N", both),
+    "distance": ("distance", "{:.3f}".format),
     "numeric": ("numeric %", percent),
     "train": ("train %", percent),
     "answer": ("answer", str),
@@ -159,14 +166,6 @@ def check_room(method, longest, problems, max_new_tokens):
         raise ValueError(f"a problem takes {longest} tokens, but the model has {room} positions")
 
 
-def merged_copy(method, name, compiled=False):
-    """A copy of the model with LoRA and REM folded into the weights, for the pathway `name`."""
-    model = copy.deepcopy(method.model).merge(silent=method.pathways[name].silent)
-    if compiled:
-        model.forward = torch.compile(model.forward, dynamic=True)
-    return model
-
-
 class Answerer(NamedTuple):
     """What answers: a model whose weights are merged for one pathway."""
 
@@ -178,9 +177,12 @@ class Answerer(NamedTuple):
 
 
 def answerer(method, name, max_new_tokens=None, compiled=False):
-    new = max_new_tokens or method.options.max_new_tokens
-    model = merged_copy(method, name, compiled)
-    return Answerer(name, model, method.tokenizer, method.pathways[name], new)
+    """The Answerer of the pathway `name`, with a copy of the model."""
+    pathway, new = method.pathways[name], max_new_tokens or method.options.max_new_tokens
+    model = copy.deepcopy(method.model).merge(silent=pathway.silent)
+    if compiled:
+        model.forward = torch.compile(model.forward, dynamic=True)
+    return Answerer(name, model, method.tokenizer, pathway, new)
 
 
 def measure(answerer, problems, batch_size=64):
@@ -216,16 +218,21 @@ def time_in_turns(answerers, questions, device):
     return [{"ms": 1e3 * statistics.median(t), "ms_p90": 1e3 * t[at]} for t, at in ranks]
 
 
+def timing(device):
+    """What `time_in_turns` measures, as a sentence."""
+    threads = torch.get_num_threads()
+    where = device if "cuda" in str(device) else f"{threads} thread{'s' * (threads > 1)} of the CPU"
+    return f"ms: the median time to an answer at batch 1, on {where}."
+
+
 def evaluate_run(method, sets, options):
     """(figures, records) of all data sets and pathways that were asked for. Prints a table."""
-    rows, all_records, how = [], [], (options.max_new_tokens, options.compile)
+    rows, all_records, device = [], [], method.model.device
     names = options.pathway or (method.inference_pathway,)
-    answerers = [answerer(method, name, *how) for name in names]
+    answerers = [answerer(method, name, options.max_new_tokens, options.compile) for name in names]
     for name, problems in sets.items():
         questions = [problem.question for problem in problems[: options.latency]]
-        times = [{} for _ in names]
-        if questions:
-            times = time_in_turns(answerers, questions, method.model.device)
+        times = time_in_turns(answerers, questions, device) if questions else [{}] * len(names)
         for one, ms in zip(answerers, times, strict=True):
             figures, records = measure(one, problems, options.batch_size)
             rows.append({"data": name} | figures | ms)
@@ -234,7 +241,7 @@ def evaluate_run(method, sets, options):
     for row in rows:
         if cot.get(row["data"]):
             row["speedup"] = cot[row["data"]] / row["ms"]
-    show(table(rows))
+    show(f"{table(rows)}\n\n{timing(device)}" if options.latency else table(rows))
     return rows, all_records
 
 
@@ -341,9 +348,8 @@ def lens(method, question, max_new_tokens, k):
     """
     tokenizer, model = method.tokenizer, method.model
     ids, states, n_silent = silent_states(method, question)
-    names = [
-        f"{i + 1} {'<st>' if i < n_silent else token_text(tokenizer, t)}" for i, t in enumerate(ids)
-    ]
+    texts = n_silent * ["<st>"] + [token_text(tokenizer, i) for i in ids[n_silent:]]
+    names = [f"{i} {text}" for i, text in enumerate(texts, 1)]
     teacher, distances = teacher_state(method, question, max_new_tokens), []
     if teacher is not None:
         pairs = zip(teacher[:, None], states[:, None, -1:], strict=True)  # of [1, 1, n]
@@ -351,13 +357,10 @@ def lens(method, question, max_new_tokens, k):
         names.append(f"CoT's {token_text(tokenizer, ids[-1])}")
         states = torch.cat((states, teacher), dim=1)
     shares, tokens = (values.transpose(0, 1).tolist() for values in logit_lens(model, states, k))
-    columns = {
-        name: [
-            [(token_text(tokenizer, i), p) for i, p in zip(*layer, strict=True)]
-            for layer in zip(tokens[column], shares[column], strict=True)
-        ]
-        for column, name in enumerate(names)
-    }
+    columns = {}
+    for name, layers, probabilities in zip(names, tokens, shares, strict=True):  # each [L][k]
+        texts = [[token_text(tokenizer, i) for i in layer] for layer in layers]
+        columns[name] = [list(zip(*pair, strict=True)) for pair in zip(texts, probabilities)]
     return columns, distances
 
 
@@ -368,24 +371,21 @@ def token_text(tokenizer, token):
 def lens_table(columns, distances, width):
     """What `lens` returns as tables: a row a layer, the last one above, in each cell the likeliest
     tokens with their probabilities, as many columns side by side as fit into the width."""
-    cells = {
-        name: ["  ".join(f"{token} {p:.0%}" for token, p in layer) for layer in layers]
-        for name, layers in columns.items()
-    }
-    if distances:
-        cells["distance"] = [f"{distance:.3f}" for distance in distances]
-    blocks, left = [[]], 0
-    for name, column in cells.items():
-        left -= 3 + max(map(len, (name, *column)))
+    rows = []
+    for i, layer in enumerate(zip(*columns.values(), strict=True), 1):
+        cells = ["  ".join(f"{token} {p:.0%}" for token, p in cell) for cell in layer]
+        rows.insert(0, {"layer": i} | dict(zip(columns, cells, strict=True)))
+        if distances:
+            rows[0]["distance"] = f"{distances[i - 1]:.3f}"
+    blocks, left = [], 0
+    for name in [*rows[0]][1:]:
+        size = 3 + max(map(len, (name, *(row[name] for row in rows))))
+        left -= size
         if left < 0:
-            blocks, left = [*blocks, []], width - 9 - 3 - max(map(len, (name, *column)))
+            blocks, left = [*blocks, ["layer"]], width - 9 - size
         blocks[-1].append(name)
-    tables = []
-    for names in blocks[1:]:
-        layers = enumerate(zip(*(cells[name] for name in names), strict=True), 1)
-        rows = [{"layer": i} | dict(zip(names, layer, strict=True)) for i, layer in layers][::-1]
-        tables.append(table(rows, {name: (name, str) for name in ("layer", *names)}))
-    return "\n\n".join(tables)
+    headed = [{name: (name, str) for name in block} for block in blocks]
+    return "\n\n".join(table(rows, columns) for columns in headed)
 
 
 WORDS = re.compile(r"\d*\.?\d+|[^\W\d_]+")  # numbers and words: a step's last one is its result
@@ -419,7 +419,7 @@ def lens_hit_rate(method, problems, k):
     results, known = zip(*(map(first_tokens, results_of(problem)) for problem in problems))
     n, layers = len(problems), [*range(1, model.config.num_hidden_layers + 1), "any"]
     looked_for, hits = np.zeros(2), {}  # of results and control; hits[place]: [2, L + 1]
-    students, teachers = [], []  # states at z_N, each [L, 1, n]
+    pairs = []  # states at both z_N, (CoT's, silent one), each [L, 1, n]
     for i, problem in enumerate(problems):
         _, states, n_silent = silent_states(method, problem.question)
         places = {"<st>": states[:, :n_silent]} if n_silent else {}
@@ -428,18 +428,16 @@ def lens_hit_rate(method, problems, k):
             example = cot.example(problem, tokenizer)
             ids, z_n = example.ids.tolist(), example.y_start - 1
             places["CoT's z_N"] = states_at(model, ids, False, [z_n])
-            students.append(places["z_N"])
-            teachers.append(places["CoT's z_N"])
+            pairs.append((places["CoT's z_N"], places["z_N"]))
         gold, others = results[i] - known[i], range(i + 1, i + min(CONTROLS + 1, n))
         control = [word for j in others for word in results[j % n] - known[i] - gold]
-        looked_for += len(gold), len(control)
+        sought = gold, control
+        looked_for += [*map(len, sought)]
         for place, states in places.items():
             ids = logit_lens(model, states, k)[1].flatten(1).tolist()  # [L][P * k]
             likely = [set(map(text, layer)) for layer in ids]
             likely.append(set().union(*likely))
-            found = [
-                [sum(w in layer for w in words) for layer in likely] for words in (gold, control)
-            ]
+            found = [[sum(w in layer for w in words) for layer in likely] for words in sought]
             hits[place] = hits.get(place, 0) + np.array(found)
     if not looked_for.all():
         raise ValueError("--lens: the problems have no intermediate results; give it a question")
@@ -447,23 +445,9 @@ def lens_hit_rate(method, problems, k):
     for i, row in enumerate(rows):
         row |= {place: (found[:, i] / looked_for).tolist() for place, found in hits.items()}
         if cot and row["layer"] != "any":
-            t, s = (torch.cat(states, dim=1)[i : i + 1] for states in (teachers, students))
+            t, s = (torch.cat(states, dim=1)[i : i + 1] for states in zip(*pairs, strict=True))
             row["distance"] = dart.distill_loss(t, s).item()
     return rows
-
-
-def both(shares):
-    return " / ".join(map(percent, shares))
-
-
-LENS_COLUMNS = {
-    "layer": ("layer", str),
-    "n": ("n", str),
-    "<st>": ("<st>", both),
-    "z_N": ("z_N", both),
-    "CoT's z_N": ("CoT's z_N", both),
-    "distance": ("distance", "{:.3f}".format),
-}
 
 
 def run_lens(method, sets, options):
@@ -476,7 +460,7 @@ def run_lens(method, sets, options):
         for name, problems in sets.items():
             rates = lens_hit_rate(method, problems, k)
             print(f"{name}: results among the {k} likeliest tokens / control, in %\n")
-            print(f"{table(rates, LENS_COLUMNS)}\n")
+            print(f"{table(rates)}\n")
             rows += [{"data": name} | row for row in rates]
         return rows
     new = options.max_new_tokens or method.options.max_new_tokens
@@ -491,15 +475,12 @@ def run_lens(method, sets, options):
 # ---------------------------------------------------------------------------------------- plots
 
 
-def has_matplotlib():
-    return importlib.util.find_spec("matplotlib") is not None
-
-
 def save_figure(path, draw, *arguments):
     """Writes the image that draw(figure, ...) makes, in the format of the file's name."""
-    if not has_matplotlib():
-        raise ValueError("--plot needs matplotlib: pip install matplotlib")
-    from matplotlib.figure import Figure
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
 
     figure = Figure(layout="constrained")
     draw(figure, *arguments)
@@ -530,7 +511,8 @@ def log_curves(directory):
     ValueError where it is none."""
     path, losses, valid = Path(directory) / "log.jsonl", {}, {}
     try:
-        for line in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+        for text in path.read_text(encoding="utf-8").splitlines():
+            line = parse_json(text, path)
             names = list(line)[1 : list(line).index("lr")] if "lr" in line else []
             found = [(losses, name, line[name]) for name in names]
             found += [(valid, name, 100 * x) for name, x in line.get("valid", {}).items()]
@@ -538,14 +520,7 @@ def log_curves(directory):
                 steps, values = curves.setdefault(name, ([], []))
                 steps.append(int(line["step"]))
                 values.append(float(value))
-    except (
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-        RecursionError,
-        OverflowError,
-    ) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path}: not the log of a run ({error})") from None
     if not losses:
         raise ValueError(f"{path}: there is no loss in it yet")
@@ -583,9 +558,8 @@ def draw_table(figure, tables):
     panels = figure.subplots(len(tables), squeeze=False)[:, 0]
     for axes, (name, rows) in zip(panels, tables.items(), strict=True):
         labels = [f"{row['row']}\n{row['pathway']}" for row in rows]
-        low, high = zip(*(row["exact_interval"] for row in rows), strict=True)
         exact = np.array([row["exact"] for row in rows])
-        reach = 100 * np.abs(np.array([low, high]) - exact)
+        reach = 100 * np.abs(np.array([row["exact_interval"] for row in rows]).T - exact)
         axes.bar(range(len(rows)), 100 * exact, yerr=reach, color="lightgrey", capsize=3)
         axes.set_xticks(range(len(rows)), map(plain, labels), rotation=45, ha="right")
         axes.set(ylabel="exact match (%)", ylim=(0, 105), title=plain(name))
@@ -640,18 +614,14 @@ print(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True){read
 def model_card(method, name):
     """README.md of an exported model: how to prompt it."""
     pathway, tokenizer, separator = method.pathways[name], method.tokenizer, dart.SEPARATOR
-    prompts = [
-        pathway.prompt(question, tokenizer).ids.tolist() for question in (separator, 9 * separator)
-    ]
+    prompts = [pathway.prompt(q, tokenizer).ids.tolist() for q in (separator, 9 * separator)]
     counts = {sum(i in pathway.special_ids[:1] for i in ids) for ids in prompts}
     inputs, read = 'ids = tokenizer(question, return_tensors="pt").input_ids', ""
     if pathway.steps:
         prompted = f"; the model writes steps, `{separator}` and the answer"
         read = f".rpartition({separator!r})[2]"
     elif len(counts) > 1:
-        raise ValueError(
-            "the number of <st> depends on the question: no card can say how to prompt"
-        )
+        raise ValueError("the question says how many <st>: no card can say how to prompt")
     elif counts != {0}:
         (n,) = counts
         prompted = f", and right behind it {n} times `<st>` and `{separator}`"
@@ -687,17 +657,12 @@ def export(method, directory, name):
     try:
         weights = export_hf(model, temporary, st_id, ids)
         for file, content in files.items():
-            (temporary / file).write_bytes(content)
-        for path in temporary.iterdir():
-            path.chmod((temporary / "config.json").stat().st_mode)
-            sync(path)
+            write_bytes(temporary / file, content)
         os.replace(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    print(
-        f"{directory}: a plain {model.config.model_type} model, {weights:,} weights; its README.md "
-        f"says how to prompt it"
-    )
+    text = f"{directory}: a plain {model.config.model_type} model, {weights:,} weights"
+    print(f"{text}; its README.md says how to prompt it")
 
 
 # -------------------------------------------------------------------------------------- program
@@ -746,14 +711,12 @@ def main(argv=None):
     mode = asked_for(options)
     if mode == "plot":
         path = Path(options.ckpt[0])
-        if (path / "config.json").exists() or not path.is_dir():
+        if len(options.ckpt) > 1 or (path / "config.json").exists() or not path.is_dir():
             return save_figure(options.plot, draw_losses, options.ckpt)
         try:
             return save_figure(options.plot, draw_table, read_json(path / "table.json"))
         except (KeyError, TypeError, AttributeError, IndexError) as error:
-            raise ValueError(
-                f"{path / 'table.json'}: not the table of a suite ({error!r})"
-            ) from None
+            raise ValueError(f"{path}/table.json: not the table of a suite ({error!r})") from None
     device = pick_device(options.device)
     method, run = dart.load_run(options.ckpt[0], options.model, device, options.dtype, options.best)
     if unknown := [name for name in options.pathway if name not in method.pathways]:

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from data import read_bytes, read_json
+from data import read_bytes, read_json, replacing, write_json
 
 # -------------------------------------------------------------------------------- configuration
 
@@ -67,10 +67,11 @@ class ModelConfig:
             raise ValueError(f"{path}: not a model configuration: {error}") from None
 
     def __post_init__(self):
-        kinds = ("llama", "qwen2", "gpt2")
-        expect(asdict(self), model_type=kinds, tie_word_embeddings=(True, False))
+        expect(vars(self), model_type=("llama", "qwen2", "gpt2"), tie_word_embeddings=(True, False))
         for name, value in asdict(self).items():
-            if self.__annotations__[name] is int and not (type(value) is int and 0 < value < 2**24):
+            if type(self).__annotations__[name] is int and not (
+                type(value) is int and 0 < value < 2**24
+            ):
                 raise ValueError(f"{name} is {value!r}, not a whole number from 1 to 2^24")
         numbers = {"norm_eps": self.norm_eps, "rope_theta": self.rope_theta}
         for name, value in (numbers | (self.rope_scaling or {})).items():
@@ -151,8 +152,7 @@ def read_gpt2(raw):
     raw = dict(tie_word_embeddings=True, n_positions=1024, layer_norm_epsilon=1e-5) | raw
     raw["n_inner"] = raw.get("n_inner") or 4 * n
     fields = {ours: raw[theirs] for ours, theirs in GPT2_FIELDS.items()}
-    for name, value in fields.items():
-        expect(raw, **{name: (value,)})  # under a second name it is the same
+    expect(raw, **{name: (value,) for name, value in fields.items()})  # a second name says the same
     return dict(**fields, model_type="gpt2", num_key_value_heads=heads, head_dim=n // heads)
 
 
@@ -239,9 +239,7 @@ class Linear(nn.Module):
         self.n_in, self.transposed = n_in, config.model_type == "gpt2"
         shape = (n_in, n_out) if self.transposed else (n_out, n_in)
         self.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
-        self.bias = None
-        if bias:
-            self.bias = nn.Parameter(torch.zeros(n_out, dtype=dtype, device=device))
+        self.bias = nn.Parameter(torch.zeros(n_out, dtype=dtype, device=device)) if bias else None
         self.lora = self.rem = self.silent_lora = None
         if adapters.lora_rank and name in adapters.lora_on:
             scale = adapters.lora_rank, adapters.lora_alpha
@@ -289,11 +287,9 @@ class Norm(nn.Module):
 
     def __init__(self, config, dtype, device):
         super().__init__()
-        n, self.eps = config.hidden_size, config.norm_eps
+        n, gpt2, self.eps = config.hidden_size, config.model_type == "gpt2", config.norm_eps
         self.weight = nn.Parameter(torch.ones(n, dtype=dtype, device=device))
-        self.bias = None
-        if config.model_type == "gpt2":
-            self.bias = nn.Parameter(torch.zeros(n, dtype=dtype, device=device))
+        self.bias = nn.Parameter(torch.zeros(n, dtype=dtype, device=device)) if gpt2 else None
 
     def forward(self, x):  # [..., n] -> [..., n]
         n = x.shape[-1:]
@@ -335,20 +331,18 @@ class KVCache:
         config, kind = model.config, dict(dtype=model.compute_dtype, device=model.device)
         length = min(length, config.max_position_embeddings)  # `forward` refuses longer rows
         shape = (rows, length, config.num_key_value_heads, config.head_dim)
-        self.k = [torch.zeros(shape, **kind) for _ in range(config.num_hidden_layers)]
-        self.v = [torch.zeros(shape, **kind) for _ in range(config.num_hidden_layers)]
+        layers = range(config.num_hidden_layers)
+        self.kv = [[torch.zeros(shape, **kind) for _ in "kv"] for _ in layers]
         self.length = 0  # of the longest row so far
 
-    def update(self, layer, positions, k, v, kv_length):
-        """Writes k, v [B, g, T, e] at positions [B or 1, T]; returns all of 0..kv_length-1, each
-        [B, g, kv_length, e]. Gradients flow through it: then a new tensor takes the old one's
-        place."""
-        rows = torch.arange(len(k), device=k.device)[:, None]
+    def update(self, layer, positions, *kv):
+        """Writes k, v [B, g, T, e] at positions [B or 1, T]; returns all so far, each
+        [B, g, length, e]. Gradients flow through it: a new tensor takes the old one's place."""
+        rows = torch.arange(len(kv[0]), device=positions.device)[:, None]
         write = torch.index_put if torch.is_grad_enabled() else torch.index_put_
-        self.k[layer] = write(self.k[layer], (rows, positions), k.transpose(1, 2))
-        self.v[layer] = write(self.v[layer], (rows, positions), v.transpose(1, 2))
-        kept = self.k[layer][:, :kv_length], self.v[layer][:, :kv_length]
-        return kept[0].transpose(1, 2), kept[1].transpose(1, 2)
+        for i, x in enumerate(kv):
+            self.kv[layer][i] = write(self.kv[layer][i], (rows, positions), x.transpose(1, 2))
+        return [x[:, : self.length].transpose(1, 2) for x in self.kv[layer]]
 
 
 class Pass(NamedTuple):
@@ -359,7 +353,6 @@ class Pass(NamedTuple):
     rope: tuple | None  # (cos, sin), each [B or 1, 1, T, e/2]
     mask: torch.Tensor | None  # [B, 1, T, kv_length] of what is seen; None: all before
     cache: KVCache | None
-    kv_length: int
 
 
 class Attention(nn.Module):
@@ -386,7 +379,7 @@ class Attention(nn.Module):
         if shared.rope is not None:
             q, k = rotate(q, *shared.rope), rotate(k, *shared.rope)  # [B, h, T, e], [B, g, T, e]
         if shared.cache is not None:
-            k, v = shared.cache.update(self.index, shared.positions, k, v, shared.kv_length)
+            k, v = shared.cache.update(self.index, shared.positions, k, v)
         mask, causal = shared.mask, shared.mask is None
         y = F.scaled_dot_product_attention(
             q[:, :, first:], k, v, mask, is_causal=causal, enable_gqa=self.grouped
@@ -427,17 +420,6 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x), shared.silent)
 
 
-class Projector(nn.Sequential):
-    """From a hidden state to the next input embedding (CODI, Shen et al. 2025), in fp32."""
-
-    def __init__(self, n, device):
-        layers = nn.Linear(n, n, device=device), nn.GELU(), nn.Linear(n, n, device=device)
-        super().__init__(*layers, nn.LayerNorm(n, device=device))
-
-    def forward(self, x):  # [..., n] -> [..., n]
-        return super().forward(x.float()).to(x.dtype)
-
-
 # ---------------------------------------------------------------------------------- transformer
 
 
@@ -474,8 +456,9 @@ class Transformer(nn.Module):
         if adapters.new_embeddings:
             rows = torch.zeros(adapters.new_embeddings, n, device=device)
             self.new_embeddings = nn.Parameter(rows, adapters.train_new_embeddings)
-        if adapters.projector:
-            self.projector = Projector(n, device)
+        if adapters.projector:  # in fp32 (Shen et al. 2025)
+            layers = nn.Linear(n, n, device=device), nn.GELU(), nn.Linear(n, n, device=device)
+            self.projector = nn.Sequential(*layers, nn.LayerNorm(n, device=device))
         self.frequencies = None if gpt2 else rope_frequencies(config).to(device)  # [e/2]
         if init:
             self.init_weights()
@@ -554,20 +537,21 @@ class Transformer(nn.Module):
             angles = positions[:, None, :, None] * self.frequencies  # [B or 1, 1, T, e/2]
             rope = angles.cos(), angles.sin()
         x, states = x.to(self.compute_dtype), []
-        shared = Pass(silent, positions, rope, mask, cache, kv_length)
+        shared = Pass(silent, positions, rope, mask, cache)
+        if cache is not None:
+            cache.length = kv_length
 
         layers = self.layers if self.compiled is None or cache is not None else self.compiled
         for i, layer in enumerate(layers):
             first = first_needed if i == len(layers) - 1 else 0
             if first:
-                shared = shared._replace(mask=columns <= columns[first:, None])  # [T - first, T]
+                seen = columns <= columns[start + first :, None]  # [T - first, kv_length]
+                shared = shared._replace(mask=seen)
             if self.activation_checkpointing and torch.is_grad_enabled() and cache is None:
                 layer = partial(checkpoint, layer, use_reentrant=False)
             x = layer(x, shared, first)
             if capture is not None:
                 states.append(x[capture[0], capture[1] - first])  # [P, n]
-        if cache is not None:
-            cache.length = kv_length
         hidden = self.norm(x)
         return hidden if capture is None else (hidden, torch.stack(states))
 
@@ -627,24 +611,20 @@ class Transformer(nn.Module):
     def kept_bytes(self, tokens, silent=False, thoughts=0):
         """Bytes that a pass over so many tokens, padding among them, keeps for its backward pass:
         in each layer the inputs of what is not linear, and of what is trained."""
-        config, adapters, size = self.config, self.adapters, self.compute_dtype.itemsize
+        config, mlp, size = self.config, self.layers[0].mlp, self.compute_dtype.itemsize
         n, m = config.hidden_size, config.intermediate_size
-        inputs = dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), n)
-        inputs |= {"o_proj": config.num_attention_heads * config.head_dim, "down_proj": m}
-        loras = adapters.lora_on if adapters.lora_rank else ()
+        linears = [module for module in self.layers[0].modules() if isinstance(module, Linear)]
+        loras = [x for x in linears if x.lora] + [x for x in linears if silent and x.silent_lora]
         values = 2 * n + n  # of the norms, of attention
         # q, k and v of all heads, and what comes out; keys and values anew for each thought
-        values += (4 + 2 * thoughts) * inputs["o_proj"]
-        values += m if config.model_type == "gpt2" else 3 * m
-        if not loras or "up_proj" in loras:
+        values += (4 + 2 * thoughts) * config.num_attention_heads * config.head_dim
+        values += 3 * m if mlp.gate_proj else m
+        if mlp.up_proj.lora or not self.adapters.lora_rank:
             values += n + m
-        if silent and adapters.rem_rank and adapters.rem_is_lora:
-            loras += adapters.rem_on
-        elif silent and adapters.rem_rank:
-            values += len(adapters.rem_on) * n
+        values += sum(x.n_in for x in linears if silent and x.rem)
         total = values * size + (2 * n * 4 if size < 4 else 0)  # norms are in fp32
-        if adapters.lora_dropout:
-            total += sum(inputs[name] for name in loras) * (size + 1)  # and what is dropped
+        if self.adapters.lora_dropout:
+            total += sum(x.n_in for x in loras) * (size + 1)  # and what is dropped
         if self.activation_checkpointing:  # inputs of layers; one layer, and gradients in it
             return int(tokens * (config.num_hidden_layers * n * size + 1.5 * total))
         return tokens * config.num_hidden_layers * total
@@ -692,23 +672,19 @@ def checkpoint_layout(model):
     return layout
 
 
-def checkpoint_prefix(config):
-    return "transformer." if config.model_type == "gpt2" else "model."
-
-
 @torch.no_grad()
 def load_checkpoint(model, directory):
     """Fills the base weights in one pass over the tensors of the directory's files. Every tensor
     has a place, or says nothing new; one that comes twice, as a tied head may, is the same twice.
     Returns the digest of all tensors. FileNotFoundError or ValueError, naming file and tensor."""
-    layout, prefix = checkpoint_layout(model), checkpoint_prefix(model.config)
+    layout = checkpoint_layout(model)
     embedding = next(iter(layout))
     places = layout | ({"lm_head.weight": layout[embedding]} if model.lm_head is None else {})
     filled, digests = {}, {}
     for path in weight_files(directory):
         with open_safetensors(path) as file:
             for stored in sorted(file.keys()):
-                name = stored.removeprefix(prefix)
+                name = stored.removeprefix("transformer.").removeprefix("model.")
                 if name.endswith(IGNORED):
                     continue
                 if name not in places:
@@ -740,9 +716,8 @@ def check_tensor(path, name, tensor, shape):
 
 def tensor_digest(tensor):
     """The sha256 of a tensor's type, shape and bytes."""
-    content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
     sha = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
-    sha.update(content)
+    sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return sha.hexdigest()
 
 
@@ -805,7 +780,8 @@ def export_hf(model, directory, st_id=None, tokens=None):
     if model.merged is None:
         raise ValueError("only a merged model has the weights of a checkpoint")
     config, tokens, directory = model.config, tokens or {}, Path(directory)
-    embed, head, prefix = model.embed_tokens, model.head, checkpoint_prefix(config)
+    embed, head = model.embed_tokens, model.head
+    prefix = "transformer." if config.model_type == "gpt2" else "model."
     if st_id is not None:
         # <st> is read and never written: it scores the mean of all tokens. Where its embedding is
         # the mean of the embeddings, a tied head says just that.
@@ -821,12 +797,9 @@ def export_hf(model, directory, st_id=None, tokens=None):
     weights = {prefix + name: torch.cat(parts, dim=-1).cpu() for name, parts in layout.items()}
     if not config.tie_word_embeddings:
         weights["lm_head.weight"] = head.cpu()
-    save_file(weights, directory / "model.safetensors", {"format": "pt"})
+    with replacing(directory / "model.safetensors") as temporary:
+        save_file(weights, temporary, {"format": "pt"})
     dtype = str(embed.dtype).removeprefix("torch.")
-    files = {
-        "config.json": config_json(config) | {"torch_dtype": dtype} | tokens,
-        "generation_config.json": {"do_sample": False} | tokens,
-    }
-    for name, content in files.items():
-        (directory / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_json(directory / "config.json", config_json(config) | {"torch_dtype": dtype} | tokens)
+    write_json(directory / "generation_config.json", {"do_sample": False} | tokens)
     return sum(weight.numel() for weight in weights.values())

@@ -27,6 +27,7 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
+import importlib.util
 import itertools
 import json
 import math
@@ -857,21 +858,21 @@ def make_tables(options, rows, device):
     return tables
 
 
-def write_tables(options, tables):
+def write_tables(options, tables, device):
     """Prints tables of figures, and leaves them in table.md and table.json of --out."""
     out, texts = Path(options.out), []
     for name, rows in tables.items():
         texts.append(f"{options.suite or 'comparison'}, {options.preset} on {name}\n")
         columns = evaluation.COLUMNS
         columns = {key: columns[key] for key in (columns if options.suite else COMPARED)}
-        texts.append(evaluation.table(rows, columns) + "\n")
+        texts.append(f"{evaluation.table(rows, columns)}\n\n{evaluation.timing(device)}\n")
         if name == "demo":
             chance = 100 * data.demo_chance(data.load("demo", "test", options.seed))
             texts.append(f"Guessing a remainder is right in {chance:.1f} % of the problems.\n")
     write_text(out / "table.md", "\n".join(texts))
     write_json(out / "table.json", tables)
     data.show("\n" + "\n".join(texts) + f"\nThe table is in {out / 'table.md'}.")
-    if options.suite == "figure2" and evaluation.has_matplotlib():
+    if options.suite == "figure2" and importlib.util.find_spec("matplotlib"):
         evaluation.save_figure(out / "figure2.png", evaluation.draw_figure2, tables)
 
 
@@ -918,7 +919,7 @@ def run_command(options, argv, held):
             if RECEIVED:
                 end(f"{signal.Signals(RECEIVED[0]).name} when a run was trained", 128 + RECEIVED[0])
     if rank == 0 and len(runs) > 1:
-        write_tables(options, make_tables(options, rows, device))
+        write_tables(options, make_tables(options, rows, device), device)
     if rank == 0 and not options.suite and not BESIDE:
         data.show(f"The run is in {options.out}. Next: python eval.py --ckpt {options.out}")
 

@@ -421,7 +421,7 @@ def test_generate_in_a_batch_is_slow_greedy_decoding(name):
     for key, pathway in method.pathways.items():
         prompts = [pathway.prompt(question, TOKENIZER) for question in QUESTIONS]
         want = [slow_greedy(method.model, prompt, pathway.silent, 5) for prompt in prompts]
-        for model in (method.model, evaluation.merged_copy(method, key)):
+        for model in (method.model, evaluation.answerer(method, key).model):
             arguments = model, TOKENIZER, pathway
             assert dart.generate(*arguments, prompts, 5) == want
             assert [dart.generate(*arguments, [prompt], 5)[0] for prompt in prompts] == want

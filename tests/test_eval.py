@@ -152,7 +152,8 @@ def test_evaluation_of_several_pathways_and_data_sets(a_run, tmp_path, capsys):
     records = [json.loads(line) for line in (tmp_path / "e.jsonl").read_text().splitlines()]
     names = [(name, pathway) for name in (mine, "demo") for pathway in ("st", "cot")]
     assert [(row["data"], row["pathway"], row["n"]) for row in rows] == [(*n, 3) for n in names]
-    assert capsys.readouterr().out == evaluation.table(rows) + "\n"
+    timing = "ms: the median time to an answer at batch 1, on "
+    assert capsys.readouterr().out.startswith(f"{evaluation.table(rows)}\n\n{timing}")
     kept = json.loads((run / "eval.json").read_text().splitlines()[-1])
     assert kept["figures"] == rows and kept["options"]["limit"] == 3
     for st, cot in (rows[:2], rows[2:]):
