@@ -595,15 +595,16 @@ def check_same_run(path, theirs, ours):
         raise ValueError(f"{path}: of another run: {listed}")
 
 
-def tensors_digest(tensors):
-    return digest_of({name: tensor_digest(tensor) for name, tensor in tensors.items()})
+def file_digest(tensors, about):
+    digests = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
+    return digest_of(digests | {"about": json.dumps(about)})
 
 
 def save_weights(path, tensors, **about):
     """A safetensors file with facts and a digest in its header, there as a whole or not at all.
     OSError or SafetensorError where it cannot be written."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    about["digest"] = tensors_digest(tensors)
+    about["digest"] = file_digest(tensors, about)
     with replacing(path) as temporary:
         save_file(tensors, temporary, {"about": json.dumps(about)})
 
@@ -617,10 +618,10 @@ def load_weights(path):
     try:
         tensors = load(content)
         size = int.from_bytes(content[:8], "little")
-        about = json.loads(json.loads(content[8 : 8 + size])["__metadata__"]["about"])
-        if about["digest"] != tensors_digest(tensors) or not isinstance(about["run"], dict):
-            raise ValueError("its checksum is not that of its tensors")
-    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+        about = dict(json.loads(json.loads(content[8 : 8 + size])["__metadata__"]["about"]))
+        if about.pop("digest") != file_digest(tensors, about):
+            raise ValueError("its checksum is not that of its content")
+    except (SafetensorError, LookupError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: damaged, or not the weights of a run ({error})") from None
     return tensors, about
 

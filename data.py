@@ -19,6 +19,7 @@ import contextlib
 import dataclasses
 import hashlib
 import http.client
+import itertools
 import json
 import math
 import os
@@ -28,7 +29,6 @@ import sys
 import unicodedata
 import urllib.request
 from collections import Counter
-from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 from typing import NamedTuple
@@ -58,8 +58,8 @@ def load(name_or_path, split, seed=0, data_dir="datasets"):
 
     name_or_path: demo (the built-in task, split by `seed`); a name in DATASETS, whose files lie in
     data_dir/name; a directory that holds split.txt, split.jsonl or split.json (val and dev are
-    names of valid, too); or a file, which is every split. .txt: `read_gsm8k_aug`, else
-    `read_records`. split: train, valid or test.
+    names of valid, too); or a file, which is every split. .txt: `from_line`, else `from_record`,
+    a JSON list or a value a line. split: train, valid or test.
     FileNotFoundError, or ValueError with file, line and field.
     """
     if name_or_path == "demo":
@@ -71,7 +71,9 @@ def load(name_or_path, split, seed=0, data_dir="datasets"):
         published = DATASETS[name_or_path][split]
         path = Path(data_dir) / name_or_path / published.file
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file; python data.py {name_or_path} gets it")
+            how = f"python data.py {name_or_path} gets it"
+            how = how if published.url else BY_HAND.format(path)
+            raise FileNotFoundError(f"{path}: no such file; {how}")
     elif path.is_dir():
         names = ("valid", "val", "dev") if split == "valid" else (split,)
         files = [path / f"{name}{end}" for name in names for end in (".jsonl", ".txt", ".json")]
@@ -87,7 +89,7 @@ def load(name_or_path, split, seed=0, data_dir="datasets"):
 
 def read_problems(path, published=None):
     """list[Problem] of a file; ValueError where it is not the published one."""
-    content = read_bytes(path)
+    content, problems = read_bytes(path), []
     if published is not None:
         published.check(path, content)
     try:
@@ -95,12 +97,30 @@ def read_problems(path, published=None):
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise ValueError(f"{path}:{line}: not UTF-8 text") from None
-    if not text:
-        raise ValueError(f"{path}: the file is empty")
-    problems = (read_gsm8k_aug if path.suffix == ".txt" else read_records)(path, text)
+    read = from_line if path.suffix == ".txt" else from_record
+    for where, record in records_of(path, text):
+        try:
+            problems.append(make_problem(*read(record)))
+        except KeyError as error:
+            raise ValueError(f"{where}: the field {error} is missing") from None
+        except (ValueError, TypeError, IndexError) as error:
+            raise ValueError(f"{where}: {error}") from None
+    if not problems:
+        raise ValueError(f"{path}: empty: there is no record in it")
     if published is not None and len(problems) != published.count:
         raise ValueError(f"{path}: {len(problems)} problems, expected {published.count}")
     return problems
+
+
+def records_of(path, text):
+    """(place, record) of each problem in a file's text: a line of a .txt, else a JSON value."""
+    if path.suffix != ".txt" and text.startswith("["):
+        for number, record in enumerate(parse_json(text, f"{path}:1"), 1):
+            yield f"{path}: record {number}", record
+    else:
+        for number, line in enumerate(text.split("\n") if text else (), 1):
+            where = f"{path}:{number}"
+            yield where, line if path.suffix == ".txt" else parse_json(line, where)
 
 
 def make_problem(question, steps, answer):
@@ -115,39 +135,13 @@ def make_problem(question, steps, answer):
 STEP = re.compile(r"<<(?!\s*>>).+?>>")
 
 
-def read_gsm8k_aug(path, text):
-    """The text of a file of GSM8K-Aug (Deng et al. 2023) -> list[Problem]. A problem a line, with
-    steps or none: `question||<<step>> <<step>> #### answer`."""
-    problems = []
-    for number, line in enumerate(text.split("\n"), 1):
-        question, bar, rest = line.partition("||")
-        steps, hashes, answer = rest.rpartition("####")
-        if not bar or not hashes or STEP.sub("", steps).strip():
-            form = "question||<<step>> <<step>> #### answer"
-            raise ValueError(f"{path}:{number}: not of the form {form!r}")
-        try:
-            problems.append(make_problem(question, STEP.findall(steps), answer))
-        except ValueError as error:
-            raise ValueError(f"{path}:{number}: {error}") from None
-    return problems
-
-
-def read_records(path, text):
-    """The text of a JSON list, or of a JSON object a line -> list[Problem] (see `from_record`)."""
-    problems, is_list = [], text.startswith("[")
-    for line, part in [(0, text)] if is_list else enumerate(text.split("\n"), 1):
-        value = parse_json(part, f"{path}:{line or 1}")
-        for number, record in enumerate(value if is_list else [value], 1):
-            where = f"{path}: record {number}" if is_list else f"{path}:{line}"
-            try:
-                problems.append(make_problem(*from_record(dict(record))))
-            except KeyError as error:
-                raise ValueError(f"{where}: the field {error} is missing") from None
-            except (ValueError, TypeError, IndexError) as error:
-                raise ValueError(f"{where}: {error}") from None
-    if not problems:
-        raise ValueError(f"{path}: there is no record in it")
-    return problems
+def from_line(line):
+    """A line of GSM8K-Aug (Deng et al. 2023) -> (question, steps, answer). ValueError."""
+    question, bar, rest = line.partition("||")
+    steps, hashes, answer = rest.rpartition("####")
+    if not bar or not hashes or STEP.sub("", steps).strip():
+        raise ValueError("not of the form 'question||<<step>> <<step>> #### answer'")
+    return question, STEP.findall(steps), answer
 
 
 FIELDS = {  # the field that tells whose a record is -> all that such a record may have
@@ -162,6 +156,7 @@ FIELDS = {  # the field that tells whose a record is -> all that such a record m
 
 def from_record(record):
     """A record -> (question, steps, answer). KeyError, TypeError or ValueError."""
+    record = dict(record)
     fields = next((FIELDS[name] for name in FIELDS if name in record), FIELDS["question"])
     if unknown := record.keys() - fields.split():
         raise ValueError(f"the field {min(unknown)!r} is not known; there are {fields}")
@@ -250,33 +245,27 @@ for name, split, file, count, digest in map(str.split, TABLE.strip().splitlines(
         url = url.replace("f248913ad54b0eb08480f491618c8dde012fb167", "main")
     url = "" if digest == "-" else url
     DATASETS.setdefault(name, {})[split] = Published(Path(file).name, int(count), digest, url)
-BY_HAND = """{path} is not to be had over plain HTTP; with the package `datasets`, this writes it:
-python -c "from datasets import load_dataset as load
-load('zen-E/CommonsenseQA-GPT4omini', split='train').to_json('{path}')"
-"""
+BY_HAND = (  # what is not to be had over plain HTTP
+    'with the package `datasets`, this writes it: python -c "from datasets import load_dataset; '
+    "load_dataset('zen-E/CommonsenseQA-GPT4omini', split='train').to_json('{}')\""
+)
 
 
 def fetch(name, data_dir):
-    """Downloads what is missing of a published data set into data_dir/name. A file appears under
-    its name when it is whole and right. ValueError or OSError."""
+    """Downloads what is missing, and has an address, of a published data set into data_dir/name. A
+    file appears under its name when it is whole and right. ValueError or OSError."""
     for published in DATASETS[name].values():
         path = Path(data_dir) / name / published.file
         path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.is_file() and not published.url:
-            print(BY_HAND.format(path=path))
-        elif not path.is_file():
-            content = download(published.url)
-            published.check(path, content)
-            write_bytes(path, content)
-
-
-def download(url):
-    """The bytes at an address. ValueError where they cannot be had."""
-    try:
-        with urllib.request.urlopen(url, timeout=30) as response:
-            return response.read()
-    except (OSError, http.client.HTTPException) as error:
-        raise ValueError(f"{url}: {error}; the same command tries it again") from None
+        if path.is_file() or not (url := published.url):
+            continue
+        try:
+            with urllib.request.urlopen(url, timeout=30) as response:
+                content = response.read()
+        except (OSError, http.client.HTTPException) as error:
+            raise ValueError(f"{url}: {error}; the same command tries it again") from None
+        published.check(path, content)
+        write_bytes(path, content)
 
 
 def stats(problems, tokenizer=None):
@@ -315,14 +304,8 @@ def demo_problems(seed):
     occurs in training: what is held out is the composition. `seed` draws wording and split.
     """
     rng = np.random.default_rng(seed)
-    contents = [
-        (x, op, y, p)
-        for x in range(1, 21)
-        for op in "+-"
-        for y in range(1, 10)
-        if op == "+" or y < x
-        for p in range(2, 10)
-    ]
+    contents = itertools.product(range(1, 21), "+-", range(1, 10), range(2, 10))
+    contents = [(x, op, y, p) for x, op, y, p in contents if op == "+" or y < x]
     contents = [contents[i] for i in rng.permutation(len(contents))]
     values = [x + y if op == "+" else x - y for x, op, y, _ in contents]
     facts = [(content[:3], (v, content[3])) for content, v in zip(contents, values, strict=True)]
@@ -442,16 +425,23 @@ class Tokenizer:
 
     tokenizer_json = None  # the content of Hugging Face's file of that name
 
-    def __init__(self, files, ids, added, words, eos, bos):
+    def __init__(self, files, ids, tokens, bos, *usual):
+        """tokens: the added ones, see `added_tokens`; bos: the name of what is put first, or None;
+        usual: of the end token, where tokenizer_config.json has none."""
         if sorted(ids) != list(range(len(ids))):
             raise ValueError(f"the ids of the {len(ids)} tokens are not 0 to {len(ids) - 1}")
+        config = json_of(files, "tokenizer_config.json")
+        added = {token["content"]: token["id"] for token in tokens}
+        eos = config.get("eos_token") or next((name for name in usual if name in added), None)
+        eos = eos["content"] if isinstance(eos, dict) else eos
         if eos not in added:
-            raise ValueError(
-                f"the end token {eos!r} (tokenizer_config.json) is not among the added"
-            )
-        self.files, self.size, self.added = files, len(ids), added
-        self.eos_id, self.bos_id = added[eos], added.get(bos)
+            raise ValueError(f"the end token {eos!r} (tokenizer_config.json, {usual}) is not there")
+        if config.get("add_bos_token") and bos is None:
+            raise ValueError("tokenizer_config.json: add_bos_token is not supported here")
+        self.files, self.size, self.added, self.eos_id = files, len(ids), added, added[eos]
+        self.bos_id = None if config.get("add_bos_token") is False else added.get(bos)
         self.reserved = tuple(added[name] for name in RESERVED if name in added)
+        words = [token["content"] for token in tokens if not token["special"]]
         longest_first = sorted(filter(None, words), key=len, reverse=True)
         self.words = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
         self.outside = {i: name for name, i in added.items()}  # what decode_ids does not know
@@ -511,7 +501,7 @@ class Tokenizer:
         """({file name: bytes}, id of <st>): the tokenizer's files, with <st> in tokenizer.json, as
         Hugging Face's libraries read them. with_st: the first reserved token by another name, or a
         new one. ValueError where there is no tokenizer.json."""
-        if self.tokenizer_json is None:
+        if not self.tokenizer_json:
             raise ValueError("the export needs tokenizer.json beside the base model's tokenizer")
         st_id = self.reserved[0] if self.reserved else self.size
         added = {token["id"]: token for token in self.tokenizer_json["added_tokens"]}
@@ -522,9 +512,8 @@ class Tokenizer:
         bos, eos = names.get(self.bos_id), names[self.eos_id]
         raw["post_processor"] = put_first(bos, self.bos_id) if bos else None
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left"}
-        config |= {"bos_token": bos, "eos_token": eos, "pad_token": eos}
-        config |= {"additional_special_tokens": ["<st>"] * with_st}
-        config |= {"clean_up_tokenization_spaces": False}
+        config |= {"additional_special_tokens": ["<st>"] * with_st, "pad_token": eos}
+        config |= {"bos_token": bos, "eos_token": eos, "clean_up_tokenization_spaces": False}
         written = {"tokenizer.json": raw, "tokenizer_config.json": config}
         written = {name: json.dumps(content).encode() for name, content in written.items()}
         return self.files | written, st_id
@@ -543,11 +532,10 @@ class Words(Tokenizer):
             raise ValueError("words.json is not a list of texts")
         self.ids = {word: i for i, word in enumerate(self.list)}
         special = [word for word in ("<bos>", "<eos>", "<st>") if word in self.ids]
-        added = {word: self.ids[word] for word in special}
-        super().__init__(files, range(len(self.list)), added, (), "<eos>", "<bos>")
+        tokens = [added_token(self.ids[word], word) for word in special]
+        super().__init__(files, range(len(self.list)), tokens, "<bos>", "<eos>")
         self.outside = {}
-        added = [added_token(i, name) for name, i in added.items()]
-        parts = self.token, self.blank_at_sign + "|^ ", added, self.ids
+        parts = self.token, self.blank_at_sign + "|^ ", tokens, self.ids
         self.tokenizer_json = json.loads(WORDS_JSON % tuple(map(json.dumps, parts)))
 
     def encode_text(self, text, continued):
@@ -579,10 +567,8 @@ class BytePair(Tokenizer):
     composed form first; tokens: the added ones, see `added_tokens`."""
 
     def __init__(self, files, pattern, ranks, tokens, nfc, raw, bos, *usual_eos):
-        added = {token["content"]: token["id"] for token in tokens}
-        words = [token["content"] for token in tokens if not token["special"]]
-        ids = [*ranks.values(), *added.values()]
-        super().__init__(files, ids, added, words, *ends(files, added, bos, *usual_eos))
+        ids = [*ranks.values(), *(token["id"] for token in tokens)]
+        super().__init__(files, ids, tokens, bos, *usual_eos)
         self.nfc, self.lacks = nfc, {byte for byte in range(256) if bytes([byte]) not in ranks}
         how = dict(pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
         self.encoding = tiktoken.Encoding("bpe", **how)
@@ -615,12 +601,9 @@ class SentencePiece(Tokenizer):
         special = [i for i in range(size) if model.is_control(i) or model.is_unknown(i)]
         known = [added_token(i, model.id_to_piece(i)) for i in special]
         tokens, raw = added_tokens(files, known), json_of(files, "tokenizer.json")
-        added = {token["content"]: token["id"] for token in tokens}
-        words = [token["content"] for token in tokens if not token["special"]]
-        names = {i: name for name, i in added.items()}
+        names = {token["id"]: token["content"] for token in tokens}
         bos, eos = (names.get(i) for i in (model.bos_id(), model.eos_id()))
-        ids = [*range(size), *(i for i in added.values() if i >= size)]
-        super().__init__(files, ids, added, words, *ends(files, added, bos, eos))
+        super().__init__(files, {*range(size), *names}, tokens, bos, eos)
         self.outside = {i: name for i, name in names.items() if i >= size}
         if raw:  # there a blank stands before the text alone, as here
             blank = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first"}
@@ -679,17 +662,6 @@ def added_tokens(files, known=()):
     return [tokens[i] for i in sorted(tokens)]
 
 
-def ends(files, added, bos, *usual):
-    """(name of the end token, name of the one put first or None): tokenizer_config.json's, or the
-    first of the `usual` ones that is there, and bos."""
-    config = json_of(files, "tokenizer_config.json")
-    eos = config.get("eos_token") or next((name for name in usual if name in added), None)
-    if config.get("add_bos_token") and bos is None:
-        raise ValueError("tokenizer_config.json: add_bos_token is not supported here")
-    eos = eos["content"] if isinstance(eos, dict) else eos
-    return eos, None if config.get("add_bos_token") is False else bos
-
-
 def read_tokenizer_model(files):
     """Llama 3's tokenizer.model, lines `base64(token) rank` and behind them 256 special tokens; or
     a SentencePiece model."""
@@ -705,25 +677,18 @@ def read_tokenizer_model(files):
     special |= {6: "start_header_id", 7: "end_header_id", 8: "eom_id", 9: "eot_id"}
     names = [f"<|{special.get(i) or next(reserved)}|>" for i in range(256)]
     known = [added_token(len(ranks) + i, name) for i, name in enumerate(names)]
-    tokens = added_tokens(files, known)
-    raw = json_of(files, "tokenizer.json") or None
+    raw, tokens = json_of(files, "tokenizer.json"), added_tokens(files, known)
     return BytePair(files, LLAMA3_PATTERN, ranks, tokens, False, raw, names[0], names[1])
 
 
+SPLIT = {"type": "Split", "behavior": "Isolated", "invert": False}
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-
-
-def split_at(pattern):
-    """The pre_tokenizer of a tokenizer.json that cuts a text by a pattern, then spells bytes."""
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}
-    return [split | {"invert": False}, BYTE_LEVEL | {"use_regex": False}]
-
-
-PRE_TOKENIZERS = {pattern: split_at(pattern) for pattern in (LLAMA3_PATTERN, QWEN2_PATTERN)}
+PRE_TOKENIZERS = {  # a pattern -> the pre_tokenizer of a tokenizer.json that cuts a text by it
+    pattern: [SPLIT | {"pattern": {"Regex": pattern}}, BYTE_LEVEL | {"use_regex": False}]
+    for pattern in (LLAMA3_PATTERN, QWEN2_PATTERN)
+}
 PRE_TOKENIZERS |= {GPT2_PATTERN: [BYTE_LEVEL]}
 PRE_TOKENIZERS |= {DIGITS_PATTERN: [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL]}
-
-
 BPE_OPTIONS = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
 
 
@@ -759,8 +724,7 @@ def read_tokenizer_json(files, raw=None):
     merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
     vocab = {token: i for token, i in model["vocab"].items() if token not in added}
     usual = *(first or [None]), "<|end_of_text|>", "<|endoftext|>"
-    ranks = byte_ranks(vocab, merges)
-    return BytePair(files, pattern, ranks, tokens, bool(steps), raw, *usual)
+    return BytePair(files, pattern, byte_ranks(vocab, merges), tokens, bool(steps), raw, *usual)
 
 
 def read_vocab_and_merges(files):
@@ -808,11 +772,8 @@ def byte_ranks(vocab, merges):
 
 def byte_spelling():
     """Character -> byte as GPT-2 spells bytes: printable ones as themselves, others from 256 on."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1)]
-    printable += range(ord("®"), ord("ÿ") + 1)
-    others = [byte for byte in range(256) if byte not in printable]
-    spelling = {chr(byte): byte for byte in printable}
-    return spelling | {chr(256 + i): byte for i, byte in enumerate(others)}
+    others = [i for i in range(256) if not chr(i).isprintable() or chr(i) == " "]
+    return {chr(256 + others.index(i) if i in others else i): i for i in range(256)}
 
 
 READERS = {  # the files of a directory -> how they are read
@@ -848,8 +809,7 @@ class Example(NamedTuple):
         return np.repeat((0, z, y), (self.z_start, N, M))
 
 
-@dataclass
-class Batch:
+class Batch(NamedTuple):
     """B examples padded on the right to T tokens, and the K tokens that are learned."""
 
     ids: torch.Tensor  # [B, T]
@@ -863,8 +823,7 @@ class Batch:
     first_needed: int  # the first index whose hidden state says something of a learned token
 
     def to(self, device):
-        values = (getattr(self, field.name) for field in dataclasses.fields(self))
-        return Batch(*(v.to(device) if isinstance(v, torch.Tensor) else v for v in values))
+        return Batch(*(v.to(device) if isinstance(v, torch.Tensor) else v for v in self))
 
 
 def collate(examples, pad_id):
@@ -881,8 +840,7 @@ def collate(examples, pad_id):
     per_example = [(e.y_start - 1, len(e.ids), e.latent_start) for e in examples]
     arrays = ids, row, col, weights[row, col], *np.array(per_example).T
     first_needed = min(example.z_start for example in examples) - 1
-    tensors = (torch.from_numpy(np.ascontiguousarray(array)) for array in arrays)
-    return Batch(*tensors, examples[0].n_latents, first_needed)
+    return Batch(*map(torch.tensor, arrays), examples[0].n_latents, first_needed)
 
 
 WINDOW, GROUP = 256, 16  # batches: sorted by length within a window, and again within a group
@@ -970,10 +928,9 @@ def parse_options(cls, argv, doc="", defaults=()):
         else:
             how |= {"type": field.type, "choices": choices_of(field)}
         group.add_argument(f"--{field.name}", **how)
-    values = vars(parser.parse_args(argv)).items()
-    return check_options(
-        cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values})
-    )
+    values = vars(parser.parse_args(argv))
+    values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    return check_options(cls(**values))
 
 
 def check_options(options):
@@ -1024,20 +981,17 @@ def replacing(path):
     on the disk. A reader sees the old file or the new one, and a failure leaves the old one."""
     temporary = Path(f"{path}.tmp")
     temporary.unlink(missing_ok=True)  # it may be a link to elsewhere
+    temporary.touch()
+    mode = temporary.stat().st_mode
     try:
         yield temporary
-        temporary.chmod(0o666 & ~UMASK)  # safetensors' files are for their owner alone
+        temporary.chmod(mode)  # safetensors' files are for their owner alone
         sync(temporary)
         os.replace(temporary, path)
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # some file systems cannot do this to a directory
         sync(Path(path).parent)
-
-
-UMASK = os.umask(0o022)
-os.umask(UMASK)
 
 
 def sync(path):
@@ -1090,6 +1044,7 @@ def end(message, code):
 
 
 NO_MEMORY = "DefaultCPUAllocator|out of memory|Storage size calculation overflowed"
+LOST = "(?i)gloo|nccl|connection"
 
 
 def run_program(main):
@@ -1111,18 +1066,14 @@ def run_program(main):
     except RuntimeError as error:
         if re.search(NO_MEMORY, str(error)):
             end("out of memory: less is needed with a smaller --micro_batch_size", 1)
-        if torch.distributed.is_initialized() and re.search(
-            "gloo|nccl|connection", str(error), re.I
-        ):
+        if torch.distributed.is_initialized() and re.search(LOST, str(error)):
             end(f"this process has lost the others of the run ({error})", 1)
         raise
 
 
 def main(argv=None):
     parser = Parser("data.py", description=__doc__, formatter_class=AS_WRITTEN, allow_abbrev=False)
-    parser.add_argument(
-        "names", nargs="+", metavar="NAME", help=f"{', '.join(DATASETS)}; or a path"
-    )
+    parser.add_argument("names", nargs="+", help=f"{', '.join(DATASETS)}; or a path")
     parser.add_argument("--data_dir", default="datasets", help="where the data sets lie")
     parser.add_argument("--tokenizer", help="directory of a tokenizer, to count tokens with")
     options = parser.parse_args(argv)

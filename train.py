@@ -55,7 +55,7 @@ from torch.nn.parallel import DistributedDataParallel
 import dart
 import data
 import eval as evaluation
-from data import Parser, end, option, read_json, write_json, write_text
+from data import end, option, read_json, write_json, write_text
 from model import MODELS, ModelConfig
 
 # ------------------------------------------------------------------------------------- options
@@ -169,10 +169,7 @@ SUITES["figure2"] = {f"C = {n}": f"--n_st {n}" for n in (0, 2, 4, 8, 12, 16, 20,
 
 def read_options(argv):
     """Options from the command line; ValueError for what is unknown or contradictory."""
-    first = Parser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", default="demo")
-    first.add_argument("--method", default="dart")
-    known, _ = first.parse_known_args(argv)
+    known = data.parse_options(Options, [word for word in argv if word not in ("-h", "--help")])
     words = PRESETS.get(known.preset, "") + " " + PRESETS.get(f"{known.preset} {known.method}", "")
     recipe = dataclasses.asdict(data.parse_options(Options, words.split()))
     recipe |= {"preset": known.preset, "out": f"out/{known.preset}"}
@@ -236,11 +233,6 @@ def rank_and_world():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def agree(flags, device):
-    """The largest of each flag over all processes: what one has met, all do."""
-    return dart.all_reduce(torch.tensor(flags, device=device), dist.ReduceOp.MAX).tolist()
-
-
 @contextlib.contextmanager
 def noting_signals():
     """Within, SIGTERM and SIGINT are noted, for the step to be finished and saved; a second SIGINT
@@ -279,11 +271,9 @@ def train_side_by_side(commands, jobs):
                 command = [sys.executable, __file__, *waiting.pop()]
                 running.append(subprocess.Popen(command, env=env, close_fds=False))
             time.sleep(0.05)
-            codes = [process.poll() for process in running]
-            if bad := [code for code in codes if code]:  # it has said why
-                sys.exit(max(bad[0], 1))
-            pairs = zip(running, codes, strict=True)
-            running = [process for process, code in pairs if code is None]
+            if bad := [process.returncode for process in running if process.poll()]:
+                sys.exit(max(bad[0], 1))  # it has said why
+            running = [process for process in running if process.returncode is None]
     finally:
         for process in running:
             process.terminate()
@@ -349,6 +339,7 @@ def claim_directory(run):
     about = {"options": dataclasses.asdict(options), "run": run.fingerprint}
     about |= {"model_config": dataclasses.asdict(run.model.config)}
     about |= {"versions": versions, "commit": commit, "processes": run.world}
+    (out / "result.json").unlink(missing_ok=True)  # else --resume would take the run for ended
     write_json(out / "config.json", about)
     for name in RUN_FILES:
         (out / name).unlink(missing_ok=True)
@@ -364,7 +355,6 @@ class Progress:
     batches and random numbers are functions of the step."""
 
     step: int = 0
-    optimizer_step: int = 0  # since the optimizer started anew
     best: float = -1.0  # accuracy on the validation split
     valid: dict = field(default_factory=dict)  # pathway -> the last such accuracy
     tokens: int = 0  # useful ones, of all processes
@@ -472,17 +462,12 @@ def make_optimizer(model, options):
     return torch.optim.AdamW([matrices, others], weight_decay=decay, betas=betas)
 
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
 def save_checkpoint(run):
     """adapter.safetensors (weights), and then checkpoint.safetensors (weights and moments). OSError
     where they cannot be written: then the old ones are still there."""
-    tensors, moments, state = run.model.state(run.options.whole), {}, run.optimizer.state
-    for name, parameter in run.model.named_parameters():
-        if parameter in state:
-            moments |= {f"{moment}.{name}": state[parameter][moment] for moment in MOMENTS}
-            run.progress.optimizer_step = int(state[parameter]["step"])
+    tensors, moments = run.model.state(run.options.whole), {}
+    for i, state in run.optimizer.state_dict()["state"].items():
+        moments |= {f"optimizer.{i}.{name}": value for name, value in state.items()}
     about = dict(run=run.fingerprint, progress=dataclasses.asdict(run.progress))
     dart.save_weights(run.out / "adapter.safetensors", tensors, **about)
     dart.save_weights(run.out / "checkpoint.safetensors", tensors | moments, **about)
@@ -496,13 +481,12 @@ def load_checkpoint(run):
         tensors, about = dart.load_weights(path)
         dart.check_same_run(path, about["run"], run.fingerprint)
         run.progress = Progress(**about["progress"])
-        moments = {name: tensors.pop(name) for name in [*tensors] if name.startswith(MOMENTS)}
+        optimizer = run.optimizer.state_dict()
+        for name in [name for name in tensors if name.startswith("optimizer.")]:
+            _, i, kind = name.split(".")
+            optimizer["state"].setdefault(int(i), {})[kind] = tensors.pop(name)
+        run.optimizer.load_state_dict(optimizer)
         run.model.load_state(tensors, path, run.options.whole)
-        for name, parameter in run.model.named_parameters():
-            if f"exp_avg.{name}" in moments:
-                state = {m: moments[f"{m}.{name}"].to(parameter.device) for m in MOMENTS}
-                state["step"] = torch.tensor(float(run.progress.optimizer_step))
-                run.optimizer.state[parameter] = state
     if log.is_file() and run.rank == 0:
         lines = log.read_text(errors="replace").splitlines()
         kept = [line for line in lines if step_of(line) <= run.progress.step]
@@ -531,13 +515,11 @@ def learning_rate(options, step, steps):
 
 def global_batches(run):
     """The global batches, each an index array, from the next step on to the last."""
-    first, per_epoch, options = run.progress.step, run.steps_per_epoch, run.options
-    lengths = [[len(example.ids) for example in some] for some in run.examples.values()]
-    for epoch in range(first // per_epoch, math.ceil(run.steps / per_epoch)):
-        how = (options.batch_size, options.seed, epoch)
-        batches = data.epoch_batches(np.array(lengths).T, *how)
-        start = epoch * per_epoch
-        yield from batches[max(first - start, 0) : run.steps - start]
+    lengths = np.array([[len(e.ids) for e in some] for some in run.examples.values()]).T
+    how = lengths, run.options.batch_size, run.options.seed
+    epochs = (data.epoch_batches(*how, epoch) for epoch in itertools.count())
+    batches = itertools.chain.from_iterable(epochs)
+    return itertools.islice(batches, run.progress.step, run.steps)
 
 
 def stage_of(run, step):
@@ -593,7 +575,8 @@ def train(run):
         losses = method.training_step(forward, batch)
         norm = torch.nn.utils.clip_grad_norm_(parameters, options.grad_clip or math.inf)
         finite = bool(torch.stack([norm, *losses.values()]).isfinite().all())
-        stop, bad = agree([next(iter(RECEIVED), 0), not finite], run.model.device)
+        flags = torch.tensor([next(iter(RECEIVED), 0), not finite], device=norm.device)
+        stop, bad = dart.all_reduce(flags, dist.ReduceOp.MAX).tolist()  # what one has met, all do
         if bad:
             text = " ".join(f"{name} {loss:.3g}" for name, loss in losses.items())
             text = f"step {step}: not finite: {text} |g| {norm:.3g}, problems {indices.tolist()}"
@@ -667,13 +650,12 @@ def peak_memory(device):
 
 def log_step(run, losses, norm, lr):
     """Logs the losses, a mean over all processes, speed and memory."""
-    losses = {name: dart.all_reduce(loss) / run.world for name, loss in losses.items()}
-    record = {name: loss.item() for name, loss in losses.items()} | {"lr": lr, "grad_norm": norm}
-    record |= {"seconds": run.progress.seconds, "peak_memory": peak_memory(run.model.device)}
-    record["tokens_per_s"] = run.progress.tokens / run.progress.seconds
-    speed, peak = record["tokens_per_s"], record["peak_memory"] / 2**30
-    text = f"{step_text(run, losses)}  lr {lr:.1e}  |g| {norm:.2f}"
-    log(run, record, f"{text}  {speed:,.0f} tokens/s  peak {peak:.2f} GiB")
+    losses = {name: dart.all_reduce(loss).item() / run.world for name, loss in losses.items()}
+    seconds, peak = run.progress.seconds, peak_memory(run.model.device)
+    speed = run.progress.tokens / seconds
+    record = dict(lr=lr, grad_norm=norm, seconds=seconds, peak_memory=peak, tokens_per_s=speed)
+    text = f"{step_text(run, losses)}  lr {lr:.1e}  |g| {norm:.2f}  {speed:,.0f} tokens/s"
+    log(run, losses | record, f"{text}  peak {peak / 2**30:.2f} GiB")
 
 
 def step_text(run, losses):
@@ -743,8 +725,8 @@ PLANNED = {  # columns of the table of --dry_run
 SAMPLED = 200  # steps whose batches are looked at
 
 
-def planned(run):
-    """What all steps of a run take, as a row of figures; tokens and FLOP, of all pathways, are from
+def planned(run, row=None):
+    """What all steps of a run take, as a row of PLANNED; tokens and FLOP, of all pathways, are from
     steps at equal distances."""
     run = dataclasses.replace(run, progress=Progress(flops=dict.fromkeys(run.examples, 0.0)))
     apart, options = math.ceil(run.steps / SAMPLED), run.options
@@ -752,11 +734,11 @@ def planned(run):
     n = sum(1 for step, indices in batches if micro_batches(run, step, indices))
     sizes = [(p.numel(), p.requires_grad) for p in run.method.parameters()]
     trained = sum(size for size, is_trained in sizes if is_trained)
-    row = dict(trained=trained, weights=sum(size for size, _ in sizes), steps=run.steps)
-    row |= dict(problems=len(run.problems), lr=options.lr, schedule=options.schedule)
-    row["memory"] = expected_memory(run)
+    plan = dict(row=row, lr=options.lr, schedule=options.schedule, steps=run.steps)
+    plan |= dict(trained=trained, weights=sum(size for size, _ in sizes))
+    plan |= dict(problems=len(run.problems), memory=expected_memory(run))
     flops = sum(run.progress.flops.values())
-    return row | dict(tokens=run.progress.tokens * run.steps / n, flops=flops * run.steps / n)
+    return plan | dict(tokens=run.progress.tokens * run.steps / n, flops=flops * run.steps / n)
 
 
 def expected_memory(run):
@@ -811,27 +793,29 @@ def train_one(options, device):
     for name, examples in run.examples.items():
         picture = data.picture(examples[0], run.method.tokenizer, width)
         show(run, f"{name}: the first problem, and what its tokens weigh in the loss\n{picture}")
+    if "cuda" in str(device):
+        torch.cuda.reset_peak_memory_stats()
     with noting_signals():
         train(run)
 
 
 def measured(options, names, device):
-    """{data set: {pathway: figures}} of a trained run on test splits, and on training problems;
-    kept in its test.json."""
+    """{data set: {pathway: figures}} of a trained run: its result.json, and accuracies on test
+    splits and on training problems; kept in its test.json."""
     path, load = Path(options.out) / "test.json", partial(data.load, data_dir=options.data_dir)
     figures = read_json(path) if path.is_file() else {}
-    missing = [name for name in names if name not in figures]
-    if missing:
+    if missing := [name for name in names if name not in figures]:
         method, _ = dart.load_run(options.out, device=device)
-    for name in missing:
-        test, train = load(name, "test", options.seed), load(options.data, "train", options.seed)
-        figures[name] = {}
+        result = read_json(path.with_name("result.json"))
+        train = load(options.data, "train", options.seed)[:TRAIN_SAMPLE]
         for pathway in reversed(method.pathways):
             answerer = evaluation.answerer(method, pathway)
-            found, _ = evaluation.measure(answerer, test)
-            known, _ = evaluation.measure(answerer, train[:TRAIN_SAMPLE])
-            figures[name][pathway] = found | {"train": known["exact"]}
-    write_json(path, figures)
+            known, _ = evaluation.measure(answerer, train)
+            for name in missing:
+                found, _ = evaluation.measure(answerer, load(name, "test", options.seed))
+                found = result | found | {"train": known["exact"]}
+                figures.setdefault(name, {})[pathway] = found
+        write_json(path, figures)
     return figures
 
 
@@ -848,11 +832,9 @@ def make_tables(options, rows, device):
         times = iter(evaluation.time_in_turns(answerers, questions, device))
         for row, runs in rows.items():
             published = PAPER.get((options.suite, f"{options.preset}:{name}", row), "-")
-            results = [read_json(Path(one.out) / "result.json") for one in runs]
             figures = [measured(one, names, device)[name] for one in runs]
             for i, pathway in enumerate(figures[0]):
-                pairs = zip(results, figures, strict=True)
-                mean = evaluation.over_seeds([result | found[pathway] for result, found in pairs])
+                mean = evaluation.over_seeds([found[pathway] for found in figures])
                 mean |= {"row": row, "pathway": pathway, "paper": "-" if i else published}
                 tables[name].append(mean | next(times))
     return tables
@@ -883,9 +865,6 @@ def main(argv=None):
         threading.Thread(target=watch_parent, args=[parent], daemon=True).start()
     with contextlib.ExitStack() as held:
         run_command(read_options(argv), argv, held)
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
 
 
 def run_command(options, argv, held):
@@ -899,28 +878,31 @@ def run_command(options, argv, held):
         checked_run(one, "meta")
     if len(runs) > 1 and Path(options.data).is_file() and not options.test_data:
         raise ValueError(f"--test_data is missing: {options.data} is what is trained on")
-    for name in options.test_data:
+    for name in options.test_data or (options.data,) if len(runs) > 1 else ():
         data.load(name, "test", options.seed, options.data_dir)
     check_directory(runs[-1])
-    if options.dry_run:
-        plans = [
-            {"row": row} | planned(checked_run(first, "meta")) for row, (first, *_) in rows.items()
-        ]
-        return data.show(evaluation.table(plans, PLANNED)) if rank == 0 else None
-    for out in {options.out, *(one.out for one in runs)} if rank == 0 and not BESIDE else ():
+    writes = rank == 0 and not options.dry_run
+    for out in {options.out, *(one.out for one in runs)} if writes and not BESIDE else ():
         held.callback(os.close, lock(Path(out)))
 
     jobs = min(len(runs), options.jobs or torch.get_num_threads())
-    if device == "cpu" and not dist.is_initialized() and jobs > 1:
+    if options.dry_run:
+        plans = [planned(checked_run(some[0], "meta"), row) for row, some in rows.items()]
+        if rank == 0:
+            data.show(evaluation.table(plans, PLANNED))
+    elif device == "cpu" and not dist.is_initialized() and jobs > 1:
         train_side_by_side([words for some in commands.values() for words in some], jobs)
     else:
         for one in runs:
             train_one(one, device)
             if RECEIVED:
                 end(f"{signal.Signals(RECEIVED[0]).name} when a run was trained", 128 + RECEIVED[0])
-    if rank == 0 and len(runs) > 1:
+    if dist.is_initialized():  # the others need not wait for the tables
+        dist.barrier()
+        dist.destroy_process_group()
+    if writes and len(runs) > 1:
         write_tables(options, make_tables(options, rows, device), device)
-    if rank == 0 and not options.suite and not BESIDE:
+    if writes and not options.suite and not BESIDE:
         data.show(f"The run is in {options.out}. Next: python eval.py --ckpt {options.out}")
 
 

@@ -740,7 +740,7 @@ def test_replacing_writes_the_whole_file_or_nothing(tmp_path):
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
     (tmp_path / "file.tmp").symlink_to(tmp_path / "elsewhere")  # is not followed
     with data.replacing(path) as temporary:
-        temporary.touch(0o600)
+        temporary.chmod(0o600)
     (tmp_path / "other").touch()
     assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
     assert path.read_text() == "" and sorted(os.listdir(tmp_path)) == ["file", "other"]

@@ -10,6 +10,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import signal
@@ -249,6 +250,13 @@ def test_a_kill_while_a_run_is_replaced_leaves_no_result_of_another(run, copy, w
     assert dart.load_run(copy)[1].n_st == 8 and saved_step(copy) == 6
 
 
+def test_a_kill_before_a_run_is_replaced_leaves_the_old_one(run, copy, whole):
+    shutil.copy(whole / "result.json", copy)
+    more = ["--lr", "1e-3", "--overwrite"]
+    assert run(copy, *more, fault=At("os.remove", "result.json", 1, KILL)).code == -signal.SIGKILL
+    assert run(copy, "--lr", "1e-3", "--resume").refused("lr 0.003 (here 0.001)")
+
+
 # -------------------------------------------------------------------------- runs side by side
 
 
@@ -363,10 +371,13 @@ def damage(path, how):
     content = bytearray(path.read_bytes())
     if how == "flipped":
         content[-3] ^= 4
-    path.write_bytes(content[: {"flipped": None, "truncated": -100, "empty": 0}[how]])
+    if how == "edited":
+        content = re.sub(rb'(progress\\": \{\\"step\\": )\d', rb"\g<1>9", content)
+        assert content != path.read_bytes()
+    path.write_bytes(content[: {"truncated": -100, "empty": 0}.get(how)])
 
 
-@pytest.mark.parametrize("how", ["truncated", "flipped", "empty"])
+@pytest.mark.parametrize("how", ["truncated", "flipped", "edited", "empty"])
 def test_a_damaged_checkpoint_is_named_and_left_alone(run, copy, how):
     damage(copy / CHECKPOINT, how)
     before = contents(copy)

@@ -305,7 +305,7 @@ def test_the_optimizer_starts_anew_at_each_stage(tmp_path):
     stages = [train.stage_of(run, step) for step in range(1, 9)]
     assert stages == [0, 0, 0, 1, 1, 2, 2, dart.FINAL_STAGE]
     progress = dart.load_weights(out / "checkpoint.safetensors")[1]["progress"]
-    assert (progress["step"], progress["optimizer_step"]) == (8, 1)
+    assert progress["step"] == 8 and weights(out, "checkpoint")["optimizer.0.step"] == 1
 
 
 def test_best_weights_are_those_of_the_best_validation(tmp_path):
@@ -470,6 +470,16 @@ def test_every_row_of_a_suite_is_checked_before_the_first_one_trains(tmp_path):
     with pytest.raises(ValueError, match="coconut: its schedule takes more than 40 steps"):
         train.main(["--suite", "table1", "--steps", "40", "--out", str(out)])
     assert not out.exists()
+
+
+def test_a_missing_test_split_is_missed_before_the_training(tmp_path):
+    lines = [json.dumps(p._asdict()) for p in data.demo_problems(0)["train"][:9]]
+    for split in ("train", "valid"):
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
+    words = ["--data", str(tmp_path), "--compare", "no-cot", "--steps", "2"]
+    with pytest.raises(FileNotFoundError, match="test.jsonl: no such file"):
+        train.main([*SMALL, *words, "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_suite_goes_on_where_it_was_stopped(tmp_path, capsys):
