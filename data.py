@@ -512,8 +512,9 @@ class Tokenizer:
         bos, eos = names.get(self.bos_id), names[self.eos_id]
         raw["post_processor"] = put_first(bos, self.bos_id) if bos else None
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left"}
-        config |= {"additional_special_tokens": ["<st>"] * with_st, "pad_token": eos}
-        config |= {"bos_token": bos, "eos_token": eos, "clean_up_tokenization_spaces": False}
+        config |= {"bos_token": bos, "eos_token": eos, "pad_token": eos}
+        config |= {"additional_special_tokens": ["<st>"] * with_st}
+        config |= {"clean_up_tokenization_spaces": False}
         written = {"tokenizer.json": raw, "tokenizer_config.json": config}
         written = {name: json.dumps(content).encode() for name, content in written.items()}
         return self.files | written, st_id
