@@ -56,14 +56,14 @@ def normalise(question):
 def load(name_or_path, split, seed=0, data_dir="datasets"):
     """list[Problem] of a data set.
 
-    name_or_path: demo (the built-in task, split by `seed`); a name in DATASETS, whose files lie in
+    name_or_path: a name in BUILT_IN, split by `seed`; a name in DATASETS, whose files lie in
     data_dir/name; a directory that holds split.txt, split.jsonl or split.json (val and dev are
     names of valid, too); or a file, which is every split. .txt: `from_line`, else `from_record`,
     a JSON list or a value a line. split: train, valid or test.
     FileNotFoundError, or ValueError with file, line and field.
     """
-    if name_or_path == "demo":
-        return demo_problems(seed)[split]
+    if name_or_path in BUILT_IN:
+        return BUILT_IN[name_or_path](seed)[split]
     path, published = Path(name_or_path), None
     if name_or_path in DATASETS:
         if split not in DATASETS[name_or_path]:
@@ -82,7 +82,7 @@ def load(name_or_path, split, seed=0, data_dir="datasets"):
             raise ValueError(f"{path}: both {there[0].name} and {there[1].name}")
         path = (there or files)[0]
     elif not path.is_file():
-        names = ", ".join(["demo", *DATASETS])
+        names = ", ".join([*BUILT_IN, *DATASETS])
         raise FileNotFoundError(f"{path}: no such file or directory, and no data set ({names})")
     return read_problems(path, published)
 
@@ -284,7 +284,7 @@ def stats(problems, tokenizer=None):
     return text
 
 
-# ---------------------------------------------------------------------------- the built-in task
+# --------------------------------------------------------------------------- the built-in tasks
 
 # Two-step word problems whose second step is a remainder, so that the answer tells nothing of how
 # to come by it: `sam has 7 pens gets 5 packs of 4 ?` -> `<<7+5=12>> <<12%4=0>>` -> `0`.
@@ -328,6 +328,26 @@ def demo_chance(problems):
     """The accuracy of guessing a remainder below p, the question's last number."""
     return float(np.mean([1 / int(problem.question.split()[-2]) for problem in problems]))
 
+
+def word_problems(seed):
+    """The 1,745 problems whether a op b is even or odd, in plain English, with one wording each:
+    {split: list[Problem]}. No two have the same numbers. `seed` draws wording and split."""
+    rng, splits = np.random.default_rng(seed), {"train": [], "valid": [], "test": []}
+    contents = itertools.product(range(10, 60), "+-", range(2, 20))
+    contents = [(a, op, b) for a, op, b in contents if op == "+" or b < a]
+    for number, i in enumerate(rng.permutation(len(contents))):
+        a, op, b = contents[i]
+        value = a + b if op == "+" else a - b
+        answer = "odd" if value % 2 else "even"
+        name, item, verb = (str(rng.choice(words)) for words in (NAMES, ITEMS, VERBS[op]))
+        question = f"{name.title()} has {a} {item} and {verb} {b}. Is the number even or odd?"
+        steps = [f"<<{a}{op}{b}={value}>>", f"<<{value} is {answer}>>"]
+        split = "test" if number < 500 else "valid" if number < 700 else "train"
+        splits[split].append(Problem(question, steps, answer))
+    return splits
+
+
+BUILT_IN = {"demo": demo_problems, "word-problems": word_problems}
 
 # -------------------------------------------------------------------------------------- scoring
 

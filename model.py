@@ -162,6 +162,7 @@ MODELS = {  # type, V, hidden, MLP, layers, heads, those of keys and values, hea
     "llama-3.2-1b": ModelConfig("llama", 128256, 2048, 8192, 16, 32, 8, 64, 131072, **LLAMA3),
     "llama-3.2-3b": ModelConfig("llama", 128256, 3072, 8192, 28, 24, 8, 128, 131072, **LLAMA3),
     "qwen2.5-1.5b": ModelConfig("qwen2", 151936, 1536, 8960, 28, 12, 2, 128, 131072, **QWEN),
+    "smollm2-135m": ModelConfig("llama", 49152, 576, 1536, 30, 9, 3, 64, 8192, rope_theta=1e5),
     "gpt2": ModelConfig("gpt2", 50257, 768, 3072, 12, 12, 12, 64, 1024),
     "demo": ModelConfig("llama", 59, 64, 192, 4, 4, 4, 16, 80, tie_word_embeddings=False),
 }

@@ -248,6 +248,21 @@ def test_demo_problems_hold_out_compositions_of_known_facts():
     assert data.demo_chance(splits["test"]) == pytest.approx(np.mean(1 / p))
 
 
+def test_word_problems_are_right_and_no_two_have_the_same_numbers():
+    splits, contents = data.word_problems(3), set()
+    assert [len(splits[name]) for name in ("train", "valid", "test")] == [1045, 200, 500]
+    form = r"(?:Sam|Ann|Bob|Eve) has (\d+) \w+ and (\w+) (\d+)\. Is the number even or odd\?"
+    for problem in itertools.chain(*splits.values()):
+        a, verb, b = re.fullmatch(form, problem.question).groups()
+        op = "+" if verb in data.VERBS["+"] else "-"
+        value = eval(f"{a} {op} {b}")
+        answer = ["even", "odd"][value % 2]
+        assert problem[1:] == ([f"<<{a}{op}{b}={value}>>", f"<<{value} is {answer}>>"], answer)
+        contents.add((a, op, b))
+    assert len(contents) == 1745
+    assert splits["test"] == data.load("word-problems", "test", 3) != data.word_problems(4)["test"]
+
+
 # -------------------------------------------------------------------------------------- scoring
 
 

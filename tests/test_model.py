@@ -170,6 +170,7 @@ def test_models_have_the_published_sizes():
     assert count(meta("llama-3.2-3b")) == 3_212_749_824
     assert count(meta("qwen2.5-1.5b")) == 1_543_714_304
     assert count(meta("gpt2")) == 124_439_808
+    assert count(meta("smollm2-135m")) == 134_515_008
 
 
 def test_methods_train_as_many_weights_as_the_paper_says():
