@@ -2,8 +2,9 @@
 
     python tests/bench_train.py --data FILE --tokenizer DIR
     python tests/bench_train.py --data FILE --tokenizer DIR --dtype bf16 --vocab 128256
+    python tests/bench_train.py --model smollm2-135m --data word-problems --tokenizer DIR --rows 8
 
-FILE: problems in GSM8K-Aug's format; DIR: Llama 3's tokenizer. `ordinary`: REM by hooks, all hidden
+FILE: problems in GSM8K-Aug's format; DIR: the model's tokenizer. `ordinary`: REM by hooks, all hidden
 states, all logits, one backward pass, random batches padded to the longest row; `tuned`: the same
 in our batches, whose rows are of about one length. First both must have the same losses and
 gradients (fp32, without dropout, with the smooth norm: at the kink of the L1 norm rounding turns a
@@ -33,7 +34,7 @@ import train
 from model import MODELS, ModelConfig, Transformer
 
 # Llama-3.2-1B's proportion of body to head, small enough for a CPU
-LLAMAS = ("llama-3.2-1b", "llama-3.2-3b")
+LLAMAS = ("llama-3.2-1b", "llama-3.2-3b", "smollm2-135m")
 SMALL = ModelConfig("llama", 32064, 512, 2048, 16, 8, 2, 64, 4096, rope_theta=5e5)
 
 
@@ -77,8 +78,9 @@ def hugging_face(config):
 class Ours:
     def __init__(self, options, config, tokenizer, problems, **more):
         recipe = dict(batch_size=options.rows, micro_batch_size=options.rows, dtype=options.dtype)
-        recipe |= dict(lora_dropout=options.dropout, preset="llama-3.2-1b") | more
-        preset = train.read_options(["--preset", "llama-3.2-1b", "--model", "none"])
+        name = "llama-3.2-1b" if options.model == "small" else options.model
+        recipe |= dict(lora_dropout=options.dropout) | more
+        preset = train.read_options(["--preset", name, "--model", "none"])
         self.options, cls = dataclasses.replace(preset, **recipe), dart.DART
         torch.manual_seed(0)
         adapters = cls.adapters(tokenizer, self.options)
@@ -287,7 +289,7 @@ def padding(examples, batches):
 def options_given():
     kind = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=kind)
-    parser.add_argument("--data", required=True, help="file of problems in GSM8K-Aug's format")
+    parser.add_argument("--data", required=True, help="file of problems, or a built-in task")
     parser.add_argument("--tokenizer", required=True, help="directory of the tokenizer")
     parser.add_argument("--model", default="small", choices=("small", *LLAMAS), help="whose shapes")
     parser.add_argument("--vocab", type=int, default=0, help="another vocabulary size")
@@ -348,7 +350,7 @@ def main():
     options = options_given()
     config = SMALL if options.model == "small" else MODELS[options.model]
     config = dataclasses.replace(config, vocab_size=options.vocab or config.vocab_size)
-    problems = data.read_problems(Path(options.data))
+    problems = data.load(options.data, "train")
     tokenizer = Modulo(data.Tokenizer.from_pretrained(options.tokenizer), config.vocab_size)
     ours = Ours(options, config, tokenizer, problems)
     every = data.epoch_batches(ours.lengths, options.rows, 0, 0)
