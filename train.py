@@ -724,7 +724,7 @@ PLANNED = {  # columns of the table of --dry_run
     "schedule": ("schedule", str),
     "tokens": ("tokens", "{:.2e}".format),
     "flops": ("FLOP", "{:.2e}".format),
-    "memory": ("GiB", lambda size: f"{size / 2**30:.1f}"),
+    "memory": ("GiB", lambda size: f"{size / 2**30:.2f}"),
 }
 SAMPLED = 200  # steps whose batches are looked at
 
@@ -788,7 +788,7 @@ def train_one(options, device):
     show(run, f"{text}; {len(run.valid)} others are for validation")
     text = f"{plan['trained']:,} of {plan['weights']:,} weights are trained; in all about"
     text += f" {plan['tokens']:.1e} tokens, {plan['flops']:.1e} FLOP"
-    show(run, f"{text}, {plan['memory'] / 2**30:.1f} GiB of memory")
+    show(run, f"{text}, {plan['memory'] / 2**30:.2f} GiB of memory")
     empty = empty_cots(run.problems, run.method.drop_last_step)
     if "cot" in run.method.pathways and empty > n / 10:
         none = empty_cots(run.problems, False)
