@@ -135,7 +135,9 @@ def test_load_knows_the_names_of_a_validation_split(tmp_path, name):
 def test_load_names_what_is_missing(tmp_path):
     with pytest.raises(FileNotFoundError, match="valid.jsonl: no such file"):
         data.load(tmp_path, "valid")
-    with pytest.raises(FileNotFoundError, match=r"nowhere: .* no data set \(demo, gsm8k-aug"):
+    with pytest.raises(
+        FileNotFoundError, match=r"nowhere: .* no data set \(demo, word-problems, gsm8k-aug"
+    ):
         data.load("nowhere", "valid")
     with pytest.raises(ValueError, match="svamp has no train split"):
         data.load("svamp", "train", data_dir=tmp_path)
