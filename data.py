@@ -331,7 +331,7 @@ def demo_chance(problems):
 
 def word_problems(seed):
     """The 1,745 problems whether a op b is even or odd, in plain English, with one wording each:
-    {split: list[Problem]}. No two have the same numbers. `seed` draws wording and split."""
+    {split: list[Problem]}. No two ask for the same a op b. `seed` draws wording and split."""
     rng, splits = np.random.default_rng(seed), {"train": [], "valid": [], "test": []}
     contents = itertools.product(range(10, 60), "+-", range(2, 20))
     contents = [(a, op, b) for a, op, b in contents if op == "+" or b < a]
