@@ -16,17 +16,16 @@ import sys
 import threading
 import unicodedata
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 import sentencepiece
 import torch
+from conftest import FIXTURES
 
 import data
 from data import Example, Problem, Tokenizer, option
 
-FIXTURES = Path(__file__).parent / "fixtures"
 
 # ------------------------------------------------------------------------------------- problems
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import FIXTURES, ROOT
 from pytest import approx
 from safetensors.torch import load_file
 from torch.testing import assert_close
@@ -28,8 +29,6 @@ import train
 from data import Problem, Tokenizer
 from model import MODELS, Transformer
 
-ROOT = Path(__file__).parent.parent
-FIXTURES = ROOT / "tests" / "fixtures"
 QUESTION = "sam has 7 pens gets 5 packs of 4 ?"
 
 

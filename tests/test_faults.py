@@ -25,17 +25,15 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from conftest import FIXTURES, ROOT, log, same
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import dart
 import data
 import train
 
-ROOT = Path(__file__).parent.parent
-FIXTURES = ROOT / "tests" / "fixtures"
 QUICK = "--compare --steps 6 --batch_size 8 --eval_size 7 --eval_every 3 --save_every 2".split()
 QUICK += "--log_every 1 --device cpu --max_new_tokens 4".split()
-TIMES = ("seconds", "tokens_per_s", "peak_memory")
 CHECKPOINT = "checkpoint.safetensors"
 KILL = partial(signal.raise_signal, signal.SIGKILL)
 
@@ -132,28 +130,8 @@ def run(tmp_path_factory):
     return run
 
 
-def log(out):
-    """The lines of log.jsonl without what depends on the machine's speed."""
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [{name: v for name, v in line.items() if name not in TIMES} for line in lines]
-
-
 def saved_step(out):
     return dart.load_weights(out / CHECKPOINT)[1]["progress"]["step"]
-
-
-def same(out, other):
-    """Whether two runs are the same to the last bit, but for times."""
-    assert {path.name for path in out.iterdir()} == {path.name for path in other.iterdir()}
-    assert log(out) == log(other)
-    for name in ("adapter.safetensors", "best.safetensors", CHECKPOINT):
-        (ours, about), (theirs, wanted) = (dart.load_weights(run / name) for run in (out, other))
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items()), name
-        for facts in (about, wanted):
-            facts["progress"].pop("seconds")
-        assert about == wanted, name
-    return True
 
 
 def contents(directory):
@@ -283,7 +261,7 @@ def test_runs_side_by_side_end_with_their_parent_and_go_on(run, tmp_path, number
     """While they go on, no other command may be in any of their directories."""
     out, folders = tmp_path / "run", (tmp_path / "run", tmp_path / "run" / "no-cot")
     more = ["--jobs", "2", "--batch_size", "2", "--eval_size", "0", "--save_every", "1"]
-    more += ["--steps", "5000" if number == signal.SIGTERM else "150"]
+    more += ["--steps", "5000" if number == signal.SIGTERM else "60"]
     parent = run(out, *more, "--compare", "no-cot", wait=False)
     wait_for(lambda: holds(out / "log.jsonl", '"step": 3,'), parent)
     if number == signal.SIGTERM:
@@ -301,7 +279,7 @@ def test_runs_side_by_side_end_with_their_parent_and_go_on(run, tmp_path, number
         ended = run(out, *more, "--compare", "no-cot", "--resume")
         assert ended.code == 0 and not ended.errors and not alive(out)
         for folder in folders:
-            assert [line["step"] for line in log(folder)] == list(range(1, 151))
+            assert [line["step"] for line in log(folder)] == list(range(1, 61))
 
 
 def test_processes_of_torchrun_end_with_it(run, tmp_path):
@@ -323,6 +301,19 @@ def test_processes_of_torchrun_end_with_it(run, tmp_path):
     torchrun.wait()
     wait_for(unlocked)
     assert saved_step(tmp_path / "run") == log(tmp_path / "run")[-1]["step"] < 5000
+
+
+@pytest.mark.parametrize("method", ["dart", "coconut"])
+def test_two_processes_are_one(run, tmp_path, method):
+    one, two = tmp_path / "one", tmp_path / "two"
+    more = ["--method", method, "--epochs_per_stage", "0.001", "--steps", "3"]
+    assert run(one, *more).code == 0 and run(two, *more, processes=2).code == 0
+    for ours, theirs in zip(log(two), log(one), strict=True):
+        assert ours.pop("valid", None) == theirs.pop("valid", None)
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    ours, theirs = (dart.load_weights(out / "adapter.safetensors")[0] for out in (two, one))
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-4, atol=1e-4)
 
 
 # ------------------------------------------------------------------------ faults of the machine

@@ -4,18 +4,17 @@ import json
 import shutil
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import FIXTURES
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 import dart
 from model import MODELS, Adapters, KVCache, ModelConfig, Transformer, export_hf, rope_frequencies
 
-FIXTURES = Path(__file__).parent / "fixtures"
 FAMILIES = ("llama", "qwen2", "gpt2")
 NAMES = (*FAMILIES, "llama-shards", "qwen2-untied", "gpt2-untied")
 ADAPTERS = Adapters(lora_rank=3, lora_alpha=6, rem_rank=2, rem_alpha=3)

@@ -1,18 +1,16 @@
-"""train.py: options, schedule, order and random numbers, steps, resumption, processes, tables."""
+"""train.py: options, schedule, order and random numbers, steps, resumption, tables."""
 
 import argparse
 import dataclasses
 import json
 import math
-import os
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import FIXTURES, log, same
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dart
@@ -20,10 +18,7 @@ import data
 import eval as evaluation
 import train
 
-ROOT = Path(__file__).parent.parent
-FIXTURES = ROOT / "tests" / "fixtures"
 SMALL = "--batch_size 8 --eval_size 6 --log_every 1 --max_new_tokens 4 --device cpu".split()
-TIMES = ("seconds", "tokens_per_s", "peak_memory")
 
 
 def options(*words):
@@ -36,21 +31,8 @@ def main(out, *words):
     return out
 
 
-def log(out):
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [{name: v for name, v in line.items() if name not in TIMES} for line in lines]
-
-
 def weights(out, file="adapter"):
     return dart.load_weights(out / f"{file}.safetensors")[0]
-
-
-def assert_same_run(out, other):
-    assert log(out) == log(other)
-    for file in ("adapter", "checkpoint", "best"):
-        ours, theirs = weights(out, file), weights(other, file)
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(ours[name], theirs[name]) for name in ours), file
 
 
 # ------------------------------------------------------------------------------------- options
@@ -349,7 +331,7 @@ def test_a_resumed_run_is_the_same_to_the_last_bit(tmp_path, monkeypatch, words)
         patch.setattr(train, "log_step", stop)
         main(out, *words, "--resume")
     assert len(log(out)) == 3
-    assert_same_run(main(out, *words, "--resume"), whole)
+    assert same(main(out, *words, "--resume"), whole)
     before = (out / "result.json").read_text()
     main(out, *words, "--resume")
     assert (out / "result.json").read_text() == before
@@ -361,28 +343,6 @@ def test_options_that_a_method_does_not_read_may_differ(tmp_path):
     main(out, *words, "--n_latents", "9", "--distill_weight", "3", "--rem_rank", "7")
     with pytest.raises(ValueError, match="of another run: lr 0.003"):
         main(out, *words, "--lr", "0.1")
-
-
-# ----------------------------------------------------------------------------------- processes
-
-
-@pytest.mark.parametrize("method", ["dart", "coconut"])
-def test_two_processes_are_one(tmp_path, method):
-    words = (
-        f"--method {method} --steps 3 --eval_size 7 --eval_every 2 --epochs_per_stage 0.001".split()
-    )
-    one = main(tmp_path / "one", *words)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*torchrun, str(ROOT / "train.py"), "--compare", *SMALL, *words]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    two = tmp_path / "two"
-    subprocess.run([*command, "--out", str(two)], env=env, check=True, capture_output=True)
-    for ours, theirs in zip(log(two), log(one), strict=True):
-        valid = ours.pop("valid", None)
-        assert valid == theirs.pop("valid", None)
-        assert ours == pytest.approx(theirs, rel=1e-5)
-    for name, tensor in weights(two).items():
-        torch.testing.assert_close(tensor, weights(one)[name], rtol=1e-4, atol=1e-4)
 
 
 # ----------------------------------------------------------------------- comparisons and suites
