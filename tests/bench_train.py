@@ -44,7 +44,7 @@ class Modulo:
     def __init__(self, tokenizer, size):
         self.tokenizer, self.size = tokenizer, size
         self.bos_id, self.eos_id = tokenizer.bos_id, tokenizer.eos_id % size
-        self.reserved = [i % size for i in tokenizer.reserved]
+        self.reserved = [i % size for i in tokenizer.reserved] or [size - 1]  # for <st>
 
     def encode(self, text, **how):
         return [i % self.size for i in self.tokenizer.encode(text, **how)]
