@@ -335,14 +335,14 @@ def word_problems(seed):
     rng, splits = np.random.default_rng(seed), {"train": [], "valid": [], "test": []}
     contents = itertools.product(range(10, 60), "+-", range(2, 20))
     contents = [(a, op, b) for a, op, b in contents if op == "+" or b < a]
-    for number, i in enumerate(rng.permutation(len(contents))):
+    for i in rng.permutation(len(contents)):
         a, op, b = contents[i]
         value = a + b if op == "+" else a - b
         answer = "odd" if value % 2 else "even"
         name, item, verb = (str(rng.choice(words)) for words in (NAMES, ITEMS, VERBS[op]))
         question = f"{name.title()} has {a} {item} and {verb} {b}. Is the number even or odd?"
         steps = [f"<<{a}{op}{b}={value}>>", f"<<{value} is {answer}>>"]
-        split = "test" if number < 500 else "valid" if number < 700 else "train"
+        split = next((name for name, n in HELD_OUT.items() if len(splits[name]) < n), "train")
         splits[split].append(Problem(question, steps, answer))
     return splits
 
