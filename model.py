@@ -316,9 +316,10 @@ def rope_frequencies(config):
 
 def rotate(x, cos, sin):
     """Turns the pairs (x_i, x_{i + e/2}) by their position's angles, in fp32: the split-half order
-    of Hugging Face checkpoints. x [B, heads, T, e]; cos, sin [B or 1, 1, T, e/2] -> like x."""
-    x1, x2 = x.float().chunk(2, dim=-1)
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
+    of Hugging Face checkpoints. x [B, heads, T, e] -> like x; cos, sin [B or 1, 1, T, e], the first
+    half of sin with a minus."""
+    y = x.float()
+    return (y * cos + y.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
 
 
 class KVCache:
@@ -336,13 +337,13 @@ class KVCache:
         self.kv = [[torch.zeros(shape, **kind) for _ in "kv"] for _ in layers]
         self.length = 0  # of the longest row so far
 
-    def update(self, layer, positions, *kv):
-        """Writes k, v [B, g, T, e] at positions [B or 1, T]; returns all so far, each
-        [B, g, length, e]. Gradients flow through it: a new tensor takes the old one's place."""
-        rows = torch.arange(len(kv[0]), device=positions.device)[:, None]
+    def update(self, layer, places, *kv):
+        """Writes k, v [B, g, T, e] at places = (rows [B, 1], positions [B or 1, T]); returns all so
+        far, each [B, g, length, e]. Gradients flow through it: a new tensor takes the old one's
+        place."""
         write = torch.index_put if torch.is_grad_enabled() else torch.index_put_
         for i, x in enumerate(kv):
-            self.kv[layer][i] = write(self.kv[layer][i], (rows, positions), x.transpose(1, 2))
+            self.kv[layer][i] = write(self.kv[layer][i], places, x.transpose(1, 2))
         return [x[:, : self.length].transpose(1, 2) for x in self.kv[layer]]
 
 
@@ -350,8 +351,8 @@ class Pass(NamedTuple):
     """What all layers of one forward pass share."""
 
     silent: bool
-    positions: torch.Tensor  # [B or 1, T]
-    rope: tuple | None  # (cos, sin), each [B or 1, 1, T, e/2]
+    places: tuple  # (rows [B, 1], positions [B or 1, T]) of the tokens
+    rope: tuple | None  # (cos, sin), each [B or 1, 1, T, e], see `rotate`
     mask: torch.Tensor | None  # [B, 1, T, kv_length] of what is seen; None: all before
     cache: KVCache | None
 
@@ -380,7 +381,7 @@ class Attention(nn.Module):
         if shared.rope is not None:
             q, k = rotate(q, *shared.rope), rotate(k, *shared.rope)  # [B, h, T, e], [B, g, T, e]
         if shared.cache is not None:
-            k, v = shared.cache.update(self.index, shared.positions, k, v)
+            k, v = shared.cache.update(self.index, shared.places, k, v)
         mask, causal = shared.mask, shared.mask is None
         y = F.scaled_dot_product_attention(
             q[:, :, first:], k, v, mask, is_causal=causal, enable_gqa=self.grouped
@@ -536,9 +537,11 @@ class Transformer(nn.Module):
         else:
             self.frequencies = self.frequencies.to(x.device)
             angles = positions[:, None, :, None] * self.frequencies  # [B or 1, 1, T, e/2]
-            rope = angles.cos(), angles.sin()
+            cos, sin = angles.cos(), angles.sin()
+            rope = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
         x, states = x.to(self.compute_dtype), []
-        shared = Pass(silent, positions, rope, mask, cache)
+        places = torch.arange(len(x), device=x.device)[:, None], positions
+        shared = Pass(silent, places, rope, mask, cache)
         if cache is not None:
             cache.length = kv_length
 

@@ -446,9 +446,8 @@ def prepare(options, device):
     fingerprint = dart.fingerprint(options, method.model, method.tokenizer)
     fingerprint = {name: value for name, value in fingerprint.items() if name not in FREE}
     fingerprint["data"] = hashlib.sha256(repr((problems, valid)).encode()).hexdigest()
-    progress = Progress(flops=dict.fromkeys(method.pathways, 0.0))
     optimizer = make_optimizer(method.model, options)
-    found = (problems, examples, valid, steps, per_epoch, fingerprint, rank, world, progress)
+    found = (problems, examples, valid, steps, per_epoch, fingerprint, rank, world, Progress())
     return Run(options, method, optimizer, *found)
 
 
@@ -549,8 +548,9 @@ def micro_batches(run, step, indices):
                 examples = [way.example(problem, method.tokenizer) for way, problem in pairs]
             batch = data.collate(examples, method.tokenizer.eos_id)
             lengths, learned = batch.lengths.numpy(), len(batch.weights)
-            flops = run.model.training_flops(lengths, learned, pathway.silent)
-            run.progress.flops[name] += flops * run.world  # the others' lengths are about the same
+            # The lengths of the other processes are about the same.
+            flops = run.model.training_flops(lengths, learned, pathway.silent) * run.world
+            run.progress.flops[name] = run.progress.flops.get(name, 0.0) + flops
             run.progress.tokens += int(lengths.sum()) * run.world
             batches[name] = batch.to(run.model.device)
         seed = np.random.SeedSequence((options.seed, step, start)).generate_state(1)[0]
@@ -714,35 +714,23 @@ def plan(options, argv):
     return rows
 
 
-PLANNED = {  # columns of the table of --dry_run
-    "row": ("row", str),
-    "trained": ("trained", "{:,}".format),
-    "weights": ("of weights", "{:,}".format),
-    "problems": ("problems", "{:,}".format),
-    "steps": ("steps", "{:,}".format),
-    "lr": ("lr", "{:g}".format),
-    "schedule": ("schedule", str),
-    "tokens": ("tokens", "{:.2e}".format),
-    "flops": ("FLOP", "{:.2e}".format),
-    "memory": ("GiB", lambda size: f"{size / 2**30:.2f}"),
-}
 SAMPLED = 200  # steps whose batches are looked at
 
 
 def planned(run, row=None):
-    """What all steps of a run take, as a row of PLANNED; tokens and FLOP, of all pathways, are from
+    """What all steps of a run take, as a row of a table; tokens and FLOP, of all pathways, are from
     steps at equal distances."""
-    run = dataclasses.replace(run, progress=Progress(flops=dict.fromkeys(run.examples, 0.0)))
+    run = dataclasses.replace(run, progress=Progress())
     apart, options = math.ceil(run.steps / SAMPLED), run.options
     batches = itertools.islice(enumerate(global_batches(run), 1), 0, None, apart)
     n = sum(1 for step, indices in batches if micro_batches(run, step, indices))
     sizes = [(p.numel(), p.requires_grad) for p in run.method.parameters()]
     trained = sum(size for size, is_trained in sizes if is_trained)
     plan = dict(row=row, lr=options.lr, schedule=options.schedule, steps=run.steps)
-    plan |= dict(trained=trained, weights=sum(size for size, _ in sizes))
-    plan |= dict(problems=len(run.problems), memory=expected_memory(run))
-    flops = sum(run.progress.flops.values())
-    return plan | dict(tokens=run.progress.tokens * run.steps / n, flops=flops * run.steps / n)
+    plan |= dict(trained_parameters=trained, weights=sum(size for size, _ in sizes))
+    plan |= dict(problems=len(run.problems), peak_memory=expected_memory(run))
+    tokens, flops = run.progress.tokens, sum(run.progress.flops.values())
+    return plan | dict(tokens=tokens * run.steps / n, all_flops=flops * run.steps / n)
 
 
 def expected_memory(run):
@@ -786,9 +774,9 @@ def train_one(options, device):
     n, size, plan = len(run.problems), options.batch_size, planned(run)
     text = f"{options.method}: {run.steps} steps of {size} of {n} problems, into {run.out}"
     show(run, f"{text}; {len(run.valid)} others are for validation")
-    text = f"{plan['trained']:,} of {plan['weights']:,} weights are trained; in all about"
-    text += f" {plan['tokens']:.1e} tokens, {plan['flops']:.1e} FLOP"
-    show(run, f"{text}, {plan['memory'] / 2**30:.2f} GiB of memory")
+    text = f"{plan['trained_parameters']:,} of {plan['weights']:,} weights are trained; in all"
+    text += f" about {plan['tokens']:.1e} tokens, {plan['all_flops']:.1e} FLOP"
+    show(run, f"{text}, {plan['peak_memory'] / 2**30:.2f} GiB of memory")
     empty = empty_cots(run.problems, run.method.drop_last_step)
     if "cot" in run.method.pathways and empty > n / 10:
         none = empty_cots(run.problems, False)
@@ -893,7 +881,7 @@ def run_command(options, argv, held):
     if options.dry_run:
         plans = [planned(checked_run(some[0], "meta"), row) for row, some in rows.items()]
         if rank == 0:
-            data.show(evaluation.table(plans, PLANNED))
+            data.show(evaluation.table(plans))
     elif device == "cpu" and not dist.is_initialized() and jobs > 1:
         train_side_by_side([words for some in commands.values() for words in some], jobs)
     else:

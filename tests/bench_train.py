@@ -99,7 +99,7 @@ class Ours:
         }
         self.lengths = np.array([[len(e.ids) for e in some] for some in examples.values()]).T
         optimizer = train.make_optimizer(self.model, self.options)
-        progress = train.Progress(flops=dict.fromkeys(method.pathways, 0.0))
+        progress = train.Progress()
         found = (problems, examples, [], 1, 1, {}, 0, 1, progress)
         self.run = train.Run(self.options, method, optimizer, *found)
         self.parameters = [p for p in method.parameters() if p.requires_grad]

@@ -256,30 +256,28 @@ def holds(path, text):
     return path.is_file() and text in path.read_text()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_runs_side_by_side_end_with_their_parent_and_go_on(run, tmp_path, number):
-    """While they go on, no other command may be in any of their directories."""
-    out, folders = tmp_path / "run", (tmp_path / "run", tmp_path / "run" / "no-cot")
+def test_runs_side_by_side_end_with_their_parent_and_go_on(run, tmp_path):
+    """It is killed, and when they go on, terminated. Meanwhile no other command may be in any of
+    their directories."""
+    out, steps = tmp_path / "run", {}
+    folders = (out, out / "no-cot")
     more = ["--jobs", "2", "--batch_size", "2", "--eval_size", "0", "--save_every", "1"]
-    more += ["--steps", "5000" if number == signal.SIGTERM else "60"]
-    parent = run(out, *more, "--compare", "no-cot", wait=False)
-    wait_for(lambda: holds(out / "log.jsonl", '"step": 3,'), parent)
-    if number == signal.SIGTERM:
-        wait_for(lambda: holds(out / "no-cot" / "log.jsonl", '"step": 3,'), parent)
+    more += ["--steps", "5000", "--compare", "no-cot", "--resume"]
+    for number, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 143)):
+        parent = run(out, *more, wait=False)
         for folder in folders:
-            assert run(folder, *more, "--resume").refused("another process is training in it")
-    assert alive(out)
-    os.kill(parent.pid, number)
-    parent.join()
-    assert parent.exitcode == (143 if number == signal.SIGTERM else -signal.SIGKILL)
-    wait_for(lambda: not alive(out))
-    assert not (out / "result.json").exists()
-    assert saved_step(out) == log(out)[-1]["step"]
-    if number == signal.SIGKILL:
-        ended = run(out, *more, "--compare", "no-cot", "--resume")
-        assert ended.code == 0 and not ended.errors and not alive(out)
+            step = steps.get(folder, 0) + 3
+            wait_for(lambda: holds(folder / "log.jsonl", f'"step": {step},'), parent)
+            assert run(folder, *more[:-3], "--resume").refused("another process is training in it")
+        assert alive(out)
+        os.kill(parent.pid, number)
+        parent.join()
+        assert parent.exitcode == code
+        wait_for(lambda: not alive(out))
         for folder in folders:
-            assert [line["step"] for line in log(folder)] == list(range(1, 61))
+            steps[folder] = saved_step(folder)
+            assert [line["step"] for line in log(folder)] == list(range(1, steps[folder] + 1))
+            assert not (folder / "result.json").exists()
 
 
 def test_processes_of_torchrun_end_with_it(run, tmp_path):
