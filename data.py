@@ -329,25 +329,33 @@ def demo_chance(problems):
     return float(np.mean([1 / int(problem.question.split()[-2]) for problem in problems]))
 
 
-def word_problems(seed):
-    """The 1,745 problems whether a op b is even or odd, in plain English, with one wording each:
-    {split: list[Problem]}. No two ask for the same a op b. `seed` draws wording and split."""
-    rng, splits = np.random.default_rng(seed), {"train": [], "valid": [], "test": []}
-    contents = itertools.product(range(10, 60), "+-", range(2, 20))
-    contents = [(a, op, b) for a, op, b in contents if op == "+" or b < a]
-    for i in rng.permutation(len(contents)):
-        a, op, b = contents[i]
-        value = a + b if op == "+" else a - b
-        answer = "odd" if value % 2 else "even"
-        name, item, verb = (str(rng.choice(words)) for words in (NAMES, ITEMS, VERBS[op]))
-        question = f"{name.title()} has {a} {item} and {verb} {b}. Is the number even or odd?"
-        steps = [f"<<{a}{op}{b}={value}>>", f"<<{value} is {answer}>>"]
-        split = next((name for name, n in HELD_OUT.items() if len(splits[name]) < n), "train")
-        splits[split].append(Problem(question, steps, answer))
+PEOPLE = "Sam Ann Bob Max Tom Ben Jim Dan Kim Lee Pat Ray Jack Mary Paul Anna John Nick Mark Alex"
+PEOPLE = (PEOPLE + " Adam Luke").split()  # each a token of its own
+
+
+def call_problems(seed):
+    """6,700 problems in plain English, who has news after two calls: {split: list[Problem]}.
+
+    Five people call each other in a ring. Nothing can be known by heart: all is in the question,
+    and no three people who pass the news on in a held-out problem do so in training. `seed` draws
+    the problems."""
+    rng, splits, held_out = np.random.default_rng(seed), {}, set()
+    for split, n in (HELD_OUT | {"train": 6000}).items():
+        problems = splits[split] = []
+        while len(problems) < n:
+            ring = [PEOPLE[i] for i in rng.permutation(len(PEOPLE))[:5]]
+            calls = [f"{a} calls {b}" for a, b in zip(ring, ring[1:] + ring[:1], strict=True)]
+            if split != "train":
+                held_out.add((*ring[:3],))
+            elif (*ring[:3],) in held_out:
+                continue
+            told = ", ".join(calls[i] for i in rng.permutation(5))
+            question = f"Today {told}. {ring[0]} has news. Who has it after two calls?"
+            problems.append(Problem(question, [f"<<{call}>>" for call in calls[:2]], ring[2]))
     return splits
 
 
-BUILT_IN = {"demo": demo_problems, "word-problems": word_problems}
+BUILT_IN = {"demo": demo_problems, "calls": call_problems}
 
 # -------------------------------------------------------------------------------------- scoring
 

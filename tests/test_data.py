@@ -135,7 +135,7 @@ def test_load_names_what_is_missing(tmp_path):
     with pytest.raises(FileNotFoundError, match="valid.jsonl: no such file"):
         data.load(tmp_path, "valid")
     with pytest.raises(
-        FileNotFoundError, match=r"nowhere: .* no data set \(demo, word-problems, gsm8k-aug"
+        FileNotFoundError, match=r"nowhere: .* no data set \(demo, calls, gsm8k-aug"
     ):
         data.load("nowhere", "valid")
     with pytest.raises(ValueError, match="svamp has no train split"):
@@ -249,19 +249,23 @@ def test_demo_problems_hold_out_compositions_of_known_facts():
     assert data.demo_chance(splits["test"]) == pytest.approx(np.mean(1 / p))
 
 
-def test_word_problems_are_right_and_no_two_have_the_same_numbers():
-    splits, contents = data.word_problems(3), set()
-    assert [len(splits[name]) for name in ("train", "valid", "test")] == [1045, 200, 500]
-    form = r"(?:Sam|Ann|Bob|Eve) has (\d+) \w+ and (\w+) (\d+)\. Is the number even or odd\?"
-    for problem in itertools.chain(*splits.values()):
-        a, verb, b = re.fullmatch(form, problem.question).groups()
-        op = "+" if verb in data.VERBS["+"] else "-"
-        value = eval(f"{a} {op} {b}")
-        answer = ["even", "odd"][value % 2]
-        assert problem[1:] == ([f"<<{a}{op}{b}={value}>>", f"<<{value} is {answer}>>"], answer)
-        contents.add((a, op, b))
-    assert len(contents) == 1745
-    assert splits["test"] == data.load("word-problems", "test", 3) != data.word_problems(4)["test"]
+def test_calls_are_right_and_those_who_pass_news_on_do_so_in_one_split():
+    splits, chains = data.call_problems(3), {}
+    assert {name: len(some) for name, some in splits.items()} == data.HELD_OUT | {"train": 6000}
+    for split, problem in ((name, problem) for name, some in splits.items() for problem in some):
+        told = dict(re.findall(r"(\w+) calls (\w+)", problem.question))
+        (first,) = re.findall(
+            r"\. (\w+) has news\. Who has it after two calls\?$", problem.question
+        )
+        second, third = told[first], told[told[first]]
+        assert problem[1:] == (
+            [f"<<{first} calls {second}>>", f"<<{second} calls {third}>>"],
+            third,
+        )
+        assert len(told) == 5 and told.keys() == set(told.values())
+        chains.setdefault(split, set()).add((first, second, third))
+    assert not chains["train"] & (chains["valid"] | chains["test"])
+    assert splits["test"] == data.load("calls", "test", 3) != data.call_problems(4)["test"]
 
 
 # -------------------------------------------------------------------------------------- scoring

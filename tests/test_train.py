@@ -63,7 +63,7 @@ FULL = dict(lora_rank=0, schedule="constant", weight_decay=0.01)
         ("--preset llama-3.2-1b --method coconut", FULL | dict(lr=1e-5, cot_epochs=5.0)),
         ("--preset llama-3.2-1b --method icot", FULL | dict(lr=1e-5, remove_all_beyond=39)),
         ("--preset llama-3.2-1b --suite table1", dict(lora_rank=128, schedule="cosine")),
-        ("--preset smollm2-135m", dict(data="word-problems", lora_rank=32, rem_rank=32)),
+        ("--preset smollm2-135m", dict(data="calls", lora_rank=32, rem_rank=32)),
         ("--preset smollm2-135m", dict(distill_weight=20.0, distill_norm="auto")),  # the paper's
         ("", dict(method="dart", lr=3e-3, steps=3000, lora_rank=0, compare=("no-cot", "pause"))),
         ("--epochs 3", dict(epochs=3, steps=0)),
