@@ -329,8 +329,9 @@ def demo_chance(problems):
     return float(np.mean([1 / int(problem.question.split()[-2]) for problem in problems]))
 
 
-PEOPLE = "Sam Ann Bob Max Tom Ben Jim Dan Kim Lee Pat Ray Jack Mary Paul Anna John Nick Mark Alex"
-PEOPLE = (PEOPLE + " Adam Luke").split()  # each a token of its own
+# Each is a token of its own.
+PEOPLE = "Sam Ann Bob Max Tom Ben Jim Dan Kim Lee Pat Ray Jack Mary Paul Anna John Nick".split()
+PEOPLE += "Mark Alex Adam Luke".split()
 
 
 def call_problems(seed):
@@ -345,10 +346,11 @@ def call_problems(seed):
         while len(problems) < n:
             ring = [PEOPLE[i] for i in rng.permutation(len(PEOPLE))[:5]]
             calls = [f"{a} calls {b}" for a, b in zip(ring, ring[1:] + ring[:1], strict=True)]
-            if split != "train":
-                held_out.add((*ring[:3],))
-            elif (*ring[:3],) in held_out:
+            chain = tuple(ring[:3])
+            if split == "train" and chain in held_out:
                 continue
+            if split != "train":
+                held_out.add(chain)
             told = ", ".join(calls[i] for i in rng.permutation(5))
             question = f"Today {told}. {ring[0]} has news. Who has it after two calls?"
             problems.append(Problem(question, [f"<<{call}>>" for call in calls[:2]], ring[2]))
