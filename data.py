@@ -335,25 +335,25 @@ PEOPLE += "Mark Alex Adam Luke".split()
 
 
 def call_problems(seed):
-    """6,700 problems in plain English, who has news after two calls: {split: list[Problem]}.
+    """14,200 problems in plain English, who has news after three calls: {split: list[Problem]}.
 
-    Five people call each other in a ring. Nothing can be known by heart: all is in the question,
-    and no three people who pass the news on in a held-out problem do so in training. `seed` draws
+    Seven people call each other in a ring. Nothing can be known by heart: all is in the question,
+    and no four people who pass the news on in a held-out problem do so in training. `seed` draws
     the problems."""
     rng, splits, held_out = np.random.default_rng(seed), {}, set()
-    for split, n in (HELD_OUT | {"train": 6000}).items():
+    for split, n in (HELD_OUT | {"train": 13500}).items():
         problems = splits[split] = []
         while len(problems) < n:
-            ring = [PEOPLE[i] for i in rng.permutation(len(PEOPLE))[:5]]
+            ring = [PEOPLE[i] for i in rng.permutation(len(PEOPLE))[:7]]
             calls = [f"{a} calls {b}" for a, b in zip(ring, ring[1:] + ring[:1], strict=True)]
-            chain = tuple(ring[:3])
+            chain = tuple(ring[:4])
             if split == "train" and chain in held_out:
                 continue
             if split != "train":
                 held_out.add(chain)
-            told = ", ".join(calls[i] for i in rng.permutation(5))
-            question = f"Today {told}. {ring[0]} has news. Who has it after two calls?"
-            problems.append(Problem(question, [f"<<{call}>>" for call in calls[:2]], ring[2]))
+            told = ", ".join(calls[i] for i in rng.permutation(7))
+            question = f"Today {told}. {ring[0]} has news. Who has it after three calls?"
+            problems.append(Problem(question, [f"<<{call}>>" for call in calls[:3]], ring[3]))
     return splits
 
 

@@ -251,19 +251,16 @@ def test_demo_problems_hold_out_compositions_of_known_facts():
 
 def test_calls_are_right_and_those_who_pass_news_on_do_so_in_one_split():
     splits, chains = data.call_problems(3), {}
-    assert {name: len(some) for name, some in splits.items()} == data.HELD_OUT | {"train": 6000}
+    assert {name: len(some) for name, some in splits.items()} == data.HELD_OUT | {"train": 13500}
     for split, problem in ((name, problem) for name, some in splits.items() for problem in some):
         told = dict(re.findall(r"(\w+) calls (\w+)", problem.question))
-        (first,) = re.findall(
-            r"\. (\w+) has news\. Who has it after two calls\?$", problem.question
-        )
-        second, third = told[first], told[told[first]]
-        assert problem[1:] == (
-            [f"<<{first} calls {second}>>", f"<<{second} calls {third}>>"],
-            third,
-        )
-        assert len(told) == 5 and told.keys() == set(told.values())
-        chains.setdefault(split, set()).add((first, second, third))
+        chain = re.findall(r"\. (\w+) has news\. Who has it after three calls\?$", problem.question)
+        for _ in range(3):
+            chain.append(told[chain[-1]])
+        steps = [f"<<{a} calls {b}>>" for a, b in itertools.pairwise(chain)]
+        assert problem[1:] == (steps, chain[-1]) and len(set(chain)) == 4
+        assert len(told) == 7 and told.keys() == set(told.values())
+        chains.setdefault(split, set()).add(tuple(chain))
     assert not chains["train"] & (chains["valid"] | chains["test"])
     assert splits["test"] == data.load("calls", "test", 3) != data.call_problems(4)["test"]
 
