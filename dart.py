@@ -397,15 +397,17 @@ def answer(model, tokenizer, pathway, questions, max_new_tokens, batch_size=64, 
     answers = [None] * len(prompts)
     training = model.training
     model.eval()
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        rows = generate(model, tokenizer, pathway, [prompts[i] for i in chosen], max_new_tokens)
-        for i, row in zip(chosen, rows, strict=True):
-            text = tokenizer.decode(row[:-1] if row[-1] == tokenizer.eos_id else row)
-            answers[i] = Answer(text, len(row) + (pathway.n_latents or 0))
-        if show:
-            show(f"{start + len(chosen)} of {len(order)} problems are answered")
-    model.train(training)
+    try:
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            rows = generate(model, tokenizer, pathway, [prompts[i] for i in chosen], max_new_tokens)
+            for i, row in zip(chosen, rows, strict=True):
+                text = tokenizer.decode(row[:-1] if row[-1] == tokenizer.eos_id else row)
+                answers[i] = Answer(text, len(row) + (pathway.n_latents or 0))
+            if show:
+                show(f"{start + len(chosen)} of {len(order)} problems are answered")
+    finally:  # who goes on after an error trains with dropout
+        model.train(training)
     return answers
 
 

@@ -424,9 +424,15 @@ def lens_hit_rate(method, problems, k):
 
     results, known = zip(*(map(first_tokens, results_of(problem)) for problem in problems))
     n, layers = len(problems), [*range(1, model.config.num_hidden_layers + 1), "any"]
-    looked_for, hits = np.zeros(2), {}  # of results and control; hits[place]: [2, L + 1]
-    pairs = []  # states at both z_N, (CoT's, silent one), each [L, 1, n]
-    for i, problem in enumerate(problems):
+    sought = []  # of each problem, its results and the control
+    for i in range(n):
+        gold, others = results[i] - known[i], range(i + 1, i + min(CONTROLS + 1, n))
+        sought.append((gold, [w for j in others for w in results[j % n] - known[i] - gold]))
+    looked_for = np.array([[*map(len, words)] for words in sought]).sum(axis=0)
+    if not looked_for.all():
+        raise ValueError("--lens: the problems have no intermediate results; give it a question")
+    hits, pairs = {}, []  # place -> [2, L + 1]; states at both z_N, (CoT's, silent), [L, 1, n]
+    for problem, both_kinds in zip(problems, sought, strict=True):
         _, states, n_silent = silent_states(method, problem.question)
         places = {"<st>": states[:, :n_silent]} if n_silent else {}
         places["z_N"] = states[:, -1:]
@@ -435,18 +441,12 @@ def lens_hit_rate(method, problems, k):
             ids, z_n = example.ids.tolist(), example.y_start - 1
             places["CoT's z_N"] = states_at(model, ids, False, [z_n])
             pairs.append((places["CoT's z_N"], places["z_N"]))
-        gold, others = results[i] - known[i], range(i + 1, i + min(CONTROLS + 1, n))
-        control = [word for j in others for word in results[j % n] - known[i] - gold]
-        sought = gold, control
-        looked_for += [*map(len, sought)]
         for place, states in places.items():
             ids = logit_lens(model, states, k)[1].flatten(1).tolist()  # [L][P * k]
             likely = [set(map(text, layer)) for layer in ids]
             likely.append(set().union(*likely))
-            found = [[sum(w in layer for w in words) for layer in likely] for words in sought]
+            found = [[sum(w in layer for w in words) for layer in likely] for words in both_kinds]
             hits[place] = hits.get(place, 0) + np.array(found)
-    if not looked_for.all():
-        raise ValueError("--lens: the problems have no intermediate results; give it a question")
     rows = [{"layer": layer, "n": int(looked_for[0])} for layer in layers]
     for i, row in enumerate(rows):
         row |= {place: (found[:, i] / looked_for).tolist() for place, found in hits.items()}

@@ -2,7 +2,7 @@
 
     python tests/bench_train.py --data FILE --tokenizer DIR
     python tests/bench_train.py --data FILE --tokenizer DIR --dtype bf16 --vocab 128256
-    python tests/bench_train.py --model smollm2-135m --data calls --tokenizer DIR --rows 8
+    python tests/bench_train.py --model smollm2-135m --data calls --tokenizer DIR --rows 32
 
 FILE: problems in GSM8K-Aug's format; DIR: the model's tokenizer. `ordinary`: REM by hooks, all hidden
 states, all logits, one backward pass, random batches padded to the longest row; `tuned`: the same

@@ -447,6 +447,9 @@ def test_answer_keeps_order_and_mode_and_is_without_dropout(name):
             assert method.train().answer(QUESTIONS, key, batch_size=size) == want
     assert method.answer(QUESTIONS) == want and method.model.training  # of the last pathway
     assert {passes for _, passes in method.answer(QUESTIONS, "cot", max_new_tokens=1)} == {1}
+    with pytest.raises(ValueError, match="positions"):
+        method.answer([500 * "sam "])
+    assert method.model.training
 
 
 def test_extract_answer_takes_what_follows_the_last_separator():
