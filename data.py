@@ -17,6 +17,7 @@ import argparse
 import base64
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import http.client
 import itertools
@@ -357,7 +358,7 @@ def call_problems(seed):
     return splits
 
 
-BUILT_IN = {"demo": demo_problems, "calls": call_problems}
+BUILT_IN = {"demo": functools.cache(demo_problems), "calls": functools.cache(call_problems)}
 
 # -------------------------------------------------------------------------------------- scoring
 

@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -187,14 +188,17 @@ def test_ask_answers_through_both_pathways(a_run, tmp_path, capsys):
         assert row["answer"] == method.pathways[row["pathway"]].extract_answer(answer.text).strip()
 
 
-@pytest.mark.parametrize("closed, code", [("<&-", 0), (">&-", 0), ("| true", 1), (">/dev/full", 2)])
-def test_standard_streams_may_be_closed_or_full(a_run, closed, code):
-    words = f"{sys.executable} eval.py --ckpt {a_run} --ask {closed}; exit ${{PIPESTATUS[0]}}"
-    done = subprocess.run(
-        ["bash", "-c", words], input=QUESTION, cwd=ROOT, text=True, capture_output=True
-    )
-    assert (done.returncode, done.stderr.count("\n")) == (code, code // 2), done
-    assert done.stdout == ""
+def test_standard_streams_may_be_closed_or_full(a_run):
+    def ask(closed):
+        words = f"{sys.executable} eval.py --ckpt {a_run} --ask {closed}; exit ${{PIPESTATUS[0]}}"
+        how = dict(input=QUESTION, cwd=ROOT, text=True, capture_output=True)
+        return subprocess.run(["bash", "-c", words], **how)
+
+    codes = {"<&-": 0, ">&-": 0, "| true": 1, ">/dev/full": 2}
+    with ThreadPoolExecutor(2) as pool:
+        for done, code in zip(pool.map(ask, codes), codes.values(), strict=True):
+            assert (done.returncode, done.stderr.count("\n")) == (code, code // 2), done
+            assert done.stdout == ""
 
 
 def test_ask_shows_hostile_text_harmlessly(capsys):

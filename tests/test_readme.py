@@ -133,7 +133,7 @@ def test_commands_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         train, "PRESETS", train.PRESETS | {"demo": f"{train.PRESETS['demo']} --compare"}
     )
-    train.main(["--steps", "3", "--eval_size", "5"])
+    train.main(["--steps", "3", "--eval_size", "5", "--max_new_tokens", "4"])
     commands = re.findall(r"^python eval\.py (--ckpt out/demo .*)$", README, re.MULTILINE)
     assert len(commands) >= 4
     for words in commands:
