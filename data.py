@@ -242,8 +242,6 @@ for name, split, file, count, digest in map(str.split, TABLE.strip().splitlines(
     url = f"https://raw.githubusercontent.com/{folder}/{file}"
     if (name, split) == ("gsm8k-aug", "train"):  # in Git's large file storage
         url = url.replace("//raw.", "//media.").replace(".com/", ".com/media/")
-    if (name, split) == ("prosqa", "train"):
-        url = url.replace("f248913ad54b0eb08480f491618c8dde012fb167", "main")
     url = "" if digest == "-" else url
     DATASETS.setdefault(name, {})[split] = Published(Path(file).name, int(count), digest, url)
 BY_HAND = (  # what is not to be had over plain HTTP
@@ -308,11 +306,11 @@ def demo_problems(seed):
     contents = itertools.product(range(1, 21), "+-", range(1, 10), range(2, 10))
     contents = [(x, op, y, p) for x, op, y, p in contents if op == "+" or y < x]
     contents = [contents[i] for i in rng.permutation(len(contents))]
-    values = [x + y if op == "+" else x - y for x, op, y, _ in contents]
-    facts = [(content[:3], (v, content[3])) for content, v in zip(contents, values, strict=True)]
+    facts = [((x, op, y), (x + y if op == "+" else x - y, p)) for x, op, y, p in contents]
     count = Counter(fact for pair in facts for fact in pair)
     splits = {"train": [], "valid": [], "test": []}
-    for (x, op, y, p), value, pair in zip(contents, values, facts, strict=True):
+    for pair in facts:
+        (x, op, y), (value, p) = pair
         split = next((name for name, n in HELD_OUT.items() if len(splits[name]) < n), "train")
         if split != "train" and all(count[fact] > MIN_OCCURRENCES for fact in pair):
             count.subtract(pair)
@@ -440,8 +438,7 @@ LLAMA3_PATTERN = (
 )
 QWEN2_PATTERN = LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
 # StarCoder's and SmolLM2's: single digits are cut out first, and the rest as in GPT-2.
-DIGITS_PATTERN = GPT2_PATTERN.replace(r" ?\p{N}+", r"\p{N}")
-DIGITS_PATTERN = DIGITS_PATTERN.replace(r"\s+(?!\S)", r"\s+(?![^\s\p{N}])")
+DIGITS_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 RESERVED = ("<st>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>")
 MAX_CHARACTERS = 500_000  # of a text: tiktoken's patterns break down at a million blanks in a row
 
@@ -453,8 +450,6 @@ class Tokenizer:
     read in a text; size: number of ids; bos_id: None where there is none; reserved: ids that may
     stand for <st> and the like; files: {name: bytes}, saved with a run.
     """
-
-    tokenizer_json = None  # the content of Hugging Face's file of that name
 
     def __init__(self, files, ids, tokens, bos, *usual):
         """tokens: the added ones, see `added_tokens`; bos: the name of what is put first, or None;
@@ -470,6 +465,7 @@ class Tokenizer:
         if config.get("add_bos_token") and bos is None:
             raise ValueError("tokenizer_config.json: add_bos_token is not supported here")
         self.files, self.size, self.added, self.eos_id = files, len(ids), added, added[eos]
+        self.tokenizer_json = json_of(files, "tokenizer.json") | {"added_tokens": tokens}
         self.bos_id = None if config.get("add_bos_token") is False else added.get(bos)
         self.reserved = tuple(added[name] for name in RESERVED if name in added)
         words = [token["content"] for token in tokens if not token["special"]]
@@ -532,7 +528,7 @@ class Tokenizer:
         """({file name: bytes}, id of <st>): the tokenizer's files, with <st> in tokenizer.json, as
         Hugging Face's libraries read them. with_st: the first reserved token by another name, or a
         new one. ValueError where there is no tokenizer.json."""
-        if not self.tokenizer_json:
+        if "model" not in self.tokenizer_json:
             raise ValueError("the export needs tokenizer.json beside the base model's tokenizer")
         st_id = self.reserved[0] if self.reserved else self.size
         added = {token["id"]: token for token in self.tokenizer_json["added_tokens"]}
@@ -598,13 +594,12 @@ class BytePair(Tokenizer):
     """A byte-level BPE on tiktoken. ranks: {bytes: id}; nfc: a text is brought into Unicode's
     composed form first; tokens: the added ones, see `added_tokens`."""
 
-    def __init__(self, files, pattern, ranks, tokens, nfc, raw, bos, *usual_eos):
+    def __init__(self, files, pattern, ranks, tokens, nfc, bos, *usual_eos):
         ids = [*ranks.values(), *(token["id"] for token in tokens)]
         super().__init__(files, ids, tokens, bos, *usual_eos)
         self.nfc, self.lacks = nfc, {byte for byte in range(256) if bytes([byte]) not in ranks}
         how = dict(pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
         self.encoding = tiktoken.Encoding("bpe", **how)
-        self.tokenizer_json = raw and raw | {"added_tokens": tokens}
 
     def encode_text(self, text, continued):
         text = unicodedata.normalize("NFC", text) if self.nfc else text
@@ -632,15 +627,14 @@ class SentencePiece(Tokenizer):
         model, size = self.model, self.model.vocab_size()
         special = [i for i in range(size) if model.is_control(i) or model.is_unknown(i)]
         known = [added_token(i, model.id_to_piece(i)) for i in special]
-        tokens, raw = added_tokens(files, known), json_of(files, "tokenizer.json")
+        tokens = added_tokens(files, known)
         names = {token["id"]: token["content"] for token in tokens}
         bos, eos = (names.get(i) for i in (model.bos_id(), model.eos_id()))
         super().__init__(files, {*range(size), *names}, tokens, bos, eos)
         self.outside = {i: name for i, name in names.items() if i >= size}
-        if raw:  # there a blank stands before the text alone, as here
-            blank = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first"}
-            cut = {"normalizer": None, "pre_tokenizer": blank | {"split": False}}
-            self.tokenizer_json = raw | cut | {"added_tokens": tokens}
+        # In the export a blank stands before the text alone, as here.
+        blank = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first"}
+        self.tokenizer_json |= {"normalizer": None, "pre_tokenizer": blank | {"split": False}}
 
     def encode_text(self, text, continued):
         return (self.continued_model if continued else self.model).encode(text)
@@ -709,8 +703,8 @@ def read_tokenizer_model(files):
     special |= {6: "start_header_id", 7: "end_header_id", 8: "eom_id", 9: "eot_id"}
     names = [f"<|{special.get(i) or next(reserved)}|>" for i in range(256)]
     known = [added_token(len(ranks) + i, name) for i, name in enumerate(names)]
-    raw, tokens = json_of(files, "tokenizer.json"), added_tokens(files, known)
-    return BytePair(files, LLAMA3_PATTERN, ranks, tokens, False, raw, names[0], names[1])
+    tokens = added_tokens(files, known)
+    return BytePair(files, LLAMA3_PATTERN, ranks, tokens, False, names[0], names[1])
 
 
 SPLIT = {"type": "Split", "behavior": "Isolated", "invert": False}
@@ -735,9 +729,8 @@ def read_tokenizer_json(files, raw=None):
     steps = normalizer.get("normalizers", [normalizer] if normalizer else [])
     odd += [f"normalizer {step['type']}" for step in steps if step["type"] != "NFC"]
     cut = raw["pre_tokenizer"] or {}
-    cut = [dict(step) for step in cut.get("pretokenizers", [cut])]
-    for step in cut:
-        step.pop("trim_offsets", None)
+    cut = cut.get("pretokenizers", [cut])
+    cut = [{name: step[name] for name in step if name != "trim_offsets"} for step in cut]
     cut[-1] = {"use_regex": True} | cut[-1]
     pattern = next((p for p, known in PRE_TOKENIZERS.items() if known == cut), None)
     odd += [f"pre_tokenizer {json.dumps(cut)}"] if pattern is None else []
@@ -756,7 +749,7 @@ def read_tokenizer_json(files, raw=None):
     merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
     vocab = {token: i for token, i in model["vocab"].items() if token not in added}
     usual = *(first or [None]), "<|end_of_text|>", "<|endoftext|>"
-    return BytePair(files, pattern, byte_ranks(vocab, merges), tokens, bool(steps), raw, *usual)
+    return BytePair(files, pattern, byte_ranks(vocab, merges), tokens, bool(steps), *usual)
 
 
 def read_vocab_and_merges(files):
@@ -778,9 +771,7 @@ def read_vocab_and_merges(files):
         "added_tokens": [added_token(vocab[end_token], end_token)] if end_token in vocab else [],
         "post_processor": None,
     }
-    tokenizer = read_tokenizer_json(files, raw)
-    tokenizer.tokenizer_json = None  # `raw` has not all that Hugging Face's libraries read
-    return tokenizer
+    return read_tokenizer_json(files, raw)
 
 
 def byte_ranks(vocab, merges):
@@ -1067,9 +1058,9 @@ def show_live(text):
         print(f"\r\x1b[K{text[: width - 1]}", end="", flush=True)
 
 
-def end(message, code):
-    """Ends the program with one line on stderr, of one process a machine."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+def end(message, code, everywhere=False):
+    """Ends the program with one line on stderr, of one process a machine, or of each."""
+    if everywhere or os.environ.get("LOCAL_RANK", "0") == "0":
         show_live("")
         print(f"error: {printable(' '.join(str(message).split()))}", file=sys.stderr, flush=True)
     sys.exit(code)
@@ -1097,7 +1088,8 @@ def run_program(main):
         end("interrupted", 130)
     except RuntimeError as error:
         if re.search(NO_MEMORY, str(error)):
-            end("out of memory: less is needed with a smaller --micro_batch_size", 1)
+            how = "a smaller --micro_batch_size (train.py) or --batch_size (eval.py)"
+            end(f"out of memory: less is needed with {how}", 1, everywhere=True)
         if torch.distributed.is_initialized() and re.search(LOST, str(error)):
             end(f"this process has lost the others of the run ({error})", 1)
         raise
@@ -1111,7 +1103,8 @@ def main(argv=None):
     options = parser.parse_args(argv)
     tokenizer = Tokenizer.from_pretrained(options.tokenizer) if options.tokenizer else None
     for name in options.names:
-        splits, missing = DATASETS.get(name, ("train", "valid", "test")), []
+        splits = ("train",) if Path(name).is_file() else ("train", "valid", "test")
+        splits, missing = DATASETS.get(name, splits), []
         if name in DATASETS:
             fetch(name, options.data_dir)
         for split in splits:

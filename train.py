@@ -427,7 +427,8 @@ def prepare(options, device):
     problems, valid = split_problems(options)
     (rank, world), size = rank_and_world(), options.batch_size
     if len(problems) < size or size % world:
-        raise ValueError(f"--batch_size {size}: {len(problems)} problems, {world} processes")
+        found = f"{len(problems)} problems beside {len(valid)} of --eval_size"
+        raise ValueError(f"--batch_size {size}: {found}, {world} processes")
     per_epoch = len(problems) // size
     steps = options.steps or options.epochs * per_epoch
     method = build_method(options, device)
