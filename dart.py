@@ -102,12 +102,12 @@ class Pathway:
 
     silent: bool = False  # REM on
     n_silent: int = 0  # C tokens <st>
-    n_latents: int | None = None  # continuous thoughts, between <bot> and <eot>; None: not these
-    special_ids: tuple = ()  # of <st>, or of <bot> and <eot>
+    n_latents: int = 0  # continuous thoughts
+    special_ids: tuple = ()  # of <st>, or of <bot> and <eot> around the thoughts
     steps: bool = False  # the model writes steps and separator itself
     # in training only
-    one_mean: bool = False  # of separator and Y, too, all learned, instead of one of Z, one of Y
-    drop_last_step: bool = False  # it mostly spells the answer, which would be copied from it
+    one_mean: bool = False  # one mean of the loss over Z and Y; the separator is learned
+    drop_last_step: bool = False  # it mostly spells the answer, to be copied
     skip_steps: int = 0  # steps left out from the front
     skip_tokens: int = 0  # tokens left out from the front of the CoT
 
@@ -118,15 +118,15 @@ class Pathway:
         ids = tokenizer.encode(normalise(question), bos=True, eos=False)
         if len(ids) == (tokenizer.bos_id is not None):
             raise ValueError(f"the question is empty: {question[:60]!r}")
-        ids += self.n_silent * list(self.special_ids[:1])
+        ids += self.n_silent * self.special_ids
         latent_start = len(ids) + 1
-        if self.n_latents is not None:
-            bot, eot = self.special_ids[:2]
-            ids += [bot] + self.n_latents * [bot] + [eot]  # a thought's own id is not read
+        if len(self.special_ids) == 2:
+            bot, eot = self.special_ids
+            ids += (1 + self.n_latents) * [bot] + [eot]  # ids of thoughts are not read
         if not self.steps:
             ids += separator_ids(tokenizer)
         ids = np.array(ids, dtype=np.int32)
-        return Example(ids, len(ids), len(ids), latent_start, self.n_latents or 0)
+        return Example(ids, len(ids), len(ids), latent_start, self.n_latents)
 
     def example(self, problem, tokenizer):
         """The Example that is learned: the prompt, Z where the model writes it, Y and EOS."""
@@ -156,11 +156,11 @@ def separator_ids(tokenizer):
 
 # --------------------------------------------------------------------------------------- losses
 
-LOGITS = 2**23  # so many logits are held at a time
+LOGITS = 2**23  # held at a time, at most
 
 
 def cross_entropy(model, hidden, targets, weights):
-    """Equations (1) and (2): sum_k weights_k * -log p(targets_k); the weights are 1/N and 1/M.
+    """Equations (1) and (2): sum_k weights_k * -log p(targets_k); weights: 1/(BN), 1/(BM).
 
     hidden [K, n], the states before the targets; targets, weights [K] -> scalar. Logits are made
     for learned tokens only, some at a time, and made again for the backward pass: all at once
@@ -179,15 +179,15 @@ def cross_entropy(model, hidden, targets, weights):
 def distill_loss(teacher, student, sigma=None, norm="l1", weights=None):
     """Equation (4): 1/L sum_l ||h~_l - h^_l||_1 / sigma(h~_l) -> scalar.
 
-    teacher, student [L, B, n], the caller detaches the teacher; sigma [L], by default that of this
-    teacher. The L1 norm is a mean over n, and there is a mean over B (or weights [B] of sum 1).
+    teacher, student [L, P, n], the caller detaches the teacher; sigma [L], by default that of this
+    teacher. The L1 norm is a mean over n, and there is a mean over P (or weights [P] of sum 1).
     norm: see Options.distill_norm.
     """
     teacher, student = teacher.float(), student.float()
     sigma = global_std([teacher]) if sigma is None else sigma
     loss = F.smooth_l1_loss if norm == "smooth-l1" else F.l1_loss
-    distance = loss(student, teacher, reduction="none")  # [L, B, n]
-    distance = distance.sum(dim=2) if norm == "l1-sum" else distance.mean(dim=2)  # [L, B]
+    distance = loss(student, teacher, reduction="none")  # [L, P, n]
+    distance = distance.sum(dim=2) if norm == "l1-sum" else distance.mean(dim=2)  # [L, P]
     distance = distance.mean(dim=1) if weights is None else distance @ weights  # [L]
     return (distance / sigma.clamp(min=1e-6)).mean()
 
@@ -195,18 +195,18 @@ def distill_loss(teacher, student, sigma=None, norm="l1", weights=None):
 def global_std(states):
     """sigma of equation (4): per layer the standard deviation over the global batch and n.
 
-    states: a list of [L, B_i, n], this process's micro-batches -> [L], over those of all processes:
+    states: a list of [L, P_i, n], this process's micro-batches -> [L], over those of all processes:
     the loss does not depend on how a batch is split. No gradient goes through it.
     """
-    x = torch.cat(states, dim=1).detach().float().flatten(1)  # [L, B * n]
-    count = all_reduce(torch.tensor(float(x.shape[1]), device=x.device))
+    x = torch.cat(states, dim=1).detach().float().flatten(1)  # [L, P * n]
+    count = all_reduce(x.new_tensor(x.shape[1]))
     mean = all_reduce(x.sum(dim=1)) / count
     variance = all_reduce((x - mean[:, None]).square().sum(dim=1)) / (count - 1).clamp(min=1)
     return variance.sqrt()
 
 
 def all_reduce(tensor, op=dist.ReduceOp.SUM):
-    """The tensor, summed over all processes."""
+    """Sums a tensor over all processes, in place."""
     if dist.is_initialized():
         dist.all_reduce(tensor, op)
     return tensor
@@ -251,7 +251,7 @@ class Method(nn.Module):
         super().__init__()
         self.model, self.tokenizer, self.options = model, tokenizer, options
         V, n = model.config.vocab_size, model.adapters.new_embeddings
-        self.special_ids = tuple(range(V, V + n)) or tuple(tokenizer.reserved)
+        self.special_ids = tuple(range(V, V + n)) or tokenizer.reserved[: self.n_special_tokens]
         drops = {"drop": True, "keep": False, "auto": self.drops_last_step}
         self.drop_last_step = drops[options.last_step]
         self.pathways = self.make_pathways()
@@ -272,7 +272,7 @@ class Method(nn.Module):
         states [L, P, n] at `distill_positions`."""
         *positions, _ = self.distill_positions(batch)
         before, silent = (batch.target_row, batch.target_col - 1), self.pathways[pathway].silent
-        hidden, states = hidden_at(self.model, batch, before, silent, capture=positions)
+        hidden, states = hidden_at(self.model, batch, before, positions, silent)
         targets = batch.ids[batch.target_row, batch.target_col]
         return cross_entropy(self.model, hidden, targets, batch.weights), states
 
@@ -280,7 +280,7 @@ class Method(nn.Module):
         """Adds up the gradients of one optimizer step -> {loss: value}, this process's means.
 
         forward(pathway, micro_batch, sync): `Method.forward`, perhaps in several processes, which
-        add up their gradients in the backward pass of the one call with sync=True.
+        average their gradients in the backward pass of the one call with sync=True.
         """
         (name,) = self.pathways
         total = 0.0
@@ -327,7 +327,8 @@ class DART(Method):
         All passes of the teacher, then sigma over the whole batch, then those of the student. The
         teacher is detached, so its graph is gone before the student's is built.
         """
-        (teacher, student), taught = self.pathways, []
+        teacher, student = self.pathways
+        taught, totals = [], 0.0
         for micro in micro_batches:
             loss_cot, h_teacher = forward(teacher, micro, sync=False)
             if not self.options.attach_teacher:
@@ -336,8 +337,7 @@ class DART(Method):
             taught.append((micro, loss_cot, h_teacher))
 
         sigma = global_std([h_teacher for *_, h_teacher in taught])
-        norm, totals = self.options.distill_norm, torch.zeros(3, device=sigma.device)
-        norm = self.distill_norm if norm == "auto" else norm
+        norm = self.options.distill_norm.replace("auto", self.distill_norm)
         for micro, loss_cot, h_teacher in taught:
             loss_st, h_student = forward(student, micro, sync=micro is micro_batches[-1])
             *_, weights = self.distill_positions(micro.batches[student])
@@ -351,14 +351,13 @@ class DART(Method):
 # -------------------------------------------------------------------------------------- answers
 
 
-def hidden_at(model, batch, tokens, silent=False, cache=None, capture=None):
+def hidden_at(model, batch, tokens, capture, silent=False, cache=None):
     """A pass over a batch -> hidden states [K, n] after the final norm at tokens = (row, col), and
-    with capture = (row, col), each [P], also every layer's states there, [L, P, n]; else None."""
+    every layer's states [L, P, n] at capture = (row, col), each [P]."""
     if batch.n_latents:
-        return hidden_behind_latents(model, batch, tokens, cache, capture)
+        return hidden_behind_latents(model, batch, tokens, capture, cache)
     first, (row, col) = batch.first_needed, tokens
-    result = model(batch.ids, silent, cache=cache, capture=capture, first_needed=first)
-    hidden, states = (result, None) if capture is None else result
+    hidden, states = model(batch.ids, silent, cache=cache, capture=capture, first_needed=first)
     return hidden[row, col - first], states
 
 
@@ -370,23 +369,21 @@ class Answer(NamedTuple):
 @torch.no_grad()
 def generate(model, tokenizer, pathway, prompts, max_new_tokens):
     """Greedy decoding. prompts: B Examples of `Pathway.prompt`, of any lengths -> B lists of ids,
-    each up to its EOS, which is included. What a row gets does not depend on the others."""
+    each up to its EOS, which is included. Rows do not depend on each other,
+    but the longest one and the longest answer must fit into the model's positions."""
     if model.merged not in (None, "silent" if pathway.silent else "cot"):
         raise ValueError(f"the weights were merged for the {model.merged} pathway")
-    batch = collate(prompts, tokenizer.eos_id).to(model.device)
+    eos = tokenizer.eos_id
+    batch = collate(prompts, eos).to(model.device)
     (B, T), rows = batch.ids.shape, torch.arange(len(prompts), device=model.device)
-    cache = KVCache(model, B, T + max_new_tokens)
-    hidden, _ = hidden_at(model, batch, (rows, batch.lengths - 1), pathway.silent, cache)  # [B, n]
-    written, done = [], torch.zeros(B, dtype=torch.bool, device=model.device)
-    for i in range(max_new_tokens):
-        written.append(model.logits(hidden).argmax(dim=-1))  # [B]
-        done |= written[-1] == tokenizer.eos_id
-        if done.all() or i == max_new_tokens - 1:
-            break
-        ids, positions = written[-1][:, None], (batch.lengths + i)[:, None]  # [B, 1]
-        hidden = model(ids, pathway.silent, positions, cache)[:, 0]
-    ids, eos = torch.stack(written, dim=1).tolist(), tokenizer.eos_id
-    return [row[: row.index(eos) + 1] if eos in row else row for row in ids]
+    cache, last = KVCache(model, B, T + max_new_tokens), (rows, batch.lengths - 1)
+    hidden, _ = hidden_at(model, batch, last, last, pathway.silent, cache)  # [B, n]
+    ids = model.logits(hidden).argmax(dim=-1)[:, None]  # [B, 1], one more column each pass
+    while ids.shape[1] < max_new_tokens and not (ids == eos).any(dim=1).all():
+        positions = batch.lengths[:, None] + ids.shape[1] - 1  # [B, 1]
+        hidden = model(ids[:, -1:], pathway.silent, positions, cache)  # [B, 1, n]
+        ids = torch.cat((ids, model.logits(hidden).argmax(dim=-1)), dim=1)
+    return [row[: row.index(eos) + 1] if eos in row else row for row in ids.tolist()]
 
 
 def answer(model, tokenizer, pathway, questions, max_new_tokens, batch_size=64, show=None):
@@ -403,10 +400,10 @@ def answer(model, tokenizer, pathway, questions, max_new_tokens, batch_size=64, 
             rows = generate(model, tokenizer, pathway, [prompts[i] for i in chosen], max_new_tokens)
             for i, row in zip(chosen, rows, strict=True):
                 text = tokenizer.decode(row[:-1] if row[-1] == tokenizer.eos_id else row)
-                answers[i] = Answer(text, len(row) + (pathway.n_latents or 0))
+                answers[i] = Answer(text, len(row) + pathway.n_latents)
             if show:
                 show(f"{start + len(chosen)} of {len(order)} problems are answered")
-    finally:  # who goes on after an error trains with dropout
+    finally:  # after an error, too
         model.train(training)
     return answers
 
@@ -470,10 +467,9 @@ class ICoT(Method):
         """Some examples are k tokens ahead: P(k) is proportional to exp(-removal_smoothing k)."""
         if stage == FINAL_STAGE:
             return self.pathways[name]
-        smoothing, ahead = self.options.removal_smoothing, 0
-        if smoothing:
-            ahead = int(min(-np.log1p(-u) / smoothing, FINAL_STAGE))
-        return self.cot_pathway(skip_tokens=stage + ahead)
+        smoothing = self.options.removal_smoothing
+        ahead = min(-math.log1p(-u) / smoothing, FINAL_STAGE) if smoothing else 0
+        return self.cot_pathway(skip_tokens=stage + int(ahead))
 
     def make_pathways(self):
         return {"icot": Pathway()}
@@ -537,7 +533,7 @@ METHODS = {"dart": DART, "cot": CoT, "no-cot": NoCoT, "pause": Pause, "icot": IC
 METHODS |= {"coconut": Coconut, "codi": CODI}
 
 
-def hidden_behind_latents(model, batch, tokens, cache=None, capture=None):
+def hidden_behind_latents(model, batch, tokens, capture, cache=None):
     """`hidden_at` for examples with continuous thoughts: each thought is the hidden state before
     it, through the model's projector where it has one (CODI), as the next input embedding.
 
@@ -562,10 +558,8 @@ def hidden_behind_latents(model, batch, tokens, cache=None, capture=None):
     thought = to_embedding(hidden.float())[:, None]
     x = torch.cat((thought, model.embed(ids)[:, 1:]), dim=1)  # [B, R, n]
     row, col = tokens
-    if capture is not None:
-        capture = capture[0], capture[1] - last[capture[0]]
-    result = model(x, positions=positions, cache=cache, capture=capture)
-    hidden, states = (result, None) if capture is None else result
+    capture = capture[0], capture[1] - last[capture[0]]
+    hidden, states = model(x, positions=positions, cache=cache, capture=capture)
     return hidden[row, col - last[row]], states
 
 
@@ -580,13 +574,12 @@ def fingerprint(options, model, tokenizer):
     """What a run's weights depend on, {field: value}; without the options that its method does not
     read."""
     used = METHODS[options.method].uses
-    unused = {name for method in METHODS.values() for name in method.uses if name not in used}
+    unused = {name for method in METHODS.values() for name in method.uses} - {*used} | {*PATHS}
     values = dataclasses.asdict(options) | dataclasses.asdict(model.config)
     values["tokenizer files"] = tokenizer.digest
     if model.base_digest is not None:
         values["base weights"] = model.base_digest
-    values = {name: v for name, v in values.items() if name not in unused and name not in PATHS}
-    return json.loads(json.dumps(values))
+    return json.loads(json.dumps({name: v for name, v in values.items() if name not in unused}))
 
 
 def check_same_run(path, theirs, ours):
@@ -655,8 +648,8 @@ def build(options, tokenizer, model_config=None, device="cpu", dtype=None, init=
     else:
         model = Transformer.from_pretrained(options.model, adapters, kept, device)
     model.compute_dtype = compute
-    if tokenizer.size > model.config.vocab_size:
-        size = model.config.vocab_size
+    size = model.config.vocab_size
+    if tokenizer.size > size:
         raise ValueError(f"the tokenizer has {tokenizer.size} ids, the model {size} embeddings")
     return cls(model, tokenizer, options)
 
@@ -673,10 +666,10 @@ def load_run(directory, base=None, device="cpu", dtype=None, best=False):
     tokenizer = Tokenizer.from_pretrained(directory)
     path = directory / ("best.safetensors" if best else "adapter.safetensors")
     tensors, about = load_weights(path)
-    there, where = dataclasses.replace(options, model=base or options.model), ""
+    options.model, where = base or options.model, ""
     if not options.whole:
-        model_config, where = None, f" (with the base {there.model})"
-    method = build(there, tokenizer, model_config, device, dtype, init=False)
+        model_config, where = None, f" (with the base {options.model})"
+    method = build(options, tokenizer, model_config, device, dtype, init=False)
     ours = fingerprint(options, method.model, tokenizer)
     check_same_run(f"{directory / 'config.json'}{where}", saved["run"], ours)
     check_same_run(path, about["run"], saved["run"])

@@ -650,7 +650,7 @@ def export(method, directory, name):
     """Writes a run as a plain Hugging Face checkpoint, for one of its pathways: weights, tokenizer
     and a model card, there as a whole or not at all. ValueError or OSError."""
     pathway, tokenizer, out = method.pathways[name], method.tokenizer, Path(directory).resolve()
-    if pathway.n_latents is not None:
+    if pathway.n_latents:
         raise ValueError(f"--pathway {name}: continuous thoughts are no tokens of a plain model")
     files, st_id = tokenizer.export(with_st=pathway.n_silent > 0)
     files["README.md"] = model_card(method, name).encode()

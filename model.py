@@ -6,7 +6,7 @@ through REM: the ST pathway. `merge()` folds LoRA and REM into the weights, for 
 
 Shapes: B rows, T tokens, n hidden size, h query heads, g key/value heads, e head size, L layers,
 V vocabulary, r LoRA rank, d REM rank. Weights keep the names and the orientation of a Hugging Face
-Llama checkpoint; GPT-2's are renamed, and its fused c_attn is cut into three.
+Llama checkpoint; GPT-2's are renamed and transposed, its fused c_attn is cut into three.
 """
 
 import hashlib
@@ -68,10 +68,9 @@ class ModelConfig:
 
     def __post_init__(self):
         expect(vars(self), model_type=("llama", "qwen2", "gpt2"), tie_word_embeddings=(True, False))
-        for name, value in asdict(self).items():
-            if type(self).__annotations__[name] is int and not (
-                type(value) is int and 0 < value < 2**24
-            ):
+        for name, kind in type(self).__annotations__.items():
+            value = getattr(self, name)
+            if kind is int and (type(value) is not int or not 0 < value < 2**24):
                 raise ValueError(f"{name} is {value!r}, not a whole number from 1 to 2^24")
         numbers = {"norm_eps": self.norm_eps, "rope_theta": self.rope_theta}
         for name, value in (numbers | (self.rope_scaling or {})).items():
@@ -116,7 +115,7 @@ def read_llama(raw):
         rope_type=("default", "llama3"),
     )
     heads, llama = raw["num_attention_heads"], raw["model_type"] == "llama"
-    positions = raw.get("max_sequence_length", 2048 if llama else 32768)  # Hugging Face's defaults
+    positions = 2048 if llama else 32768  # Hugging Face's defaults
     same = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
     return {name: raw[name] for name in same} | dict(
         num_attention_heads=heads,
@@ -152,7 +151,9 @@ def read_gpt2(raw):
     raw = dict(tie_word_embeddings=True, n_positions=1024, layer_norm_epsilon=1e-5) | raw
     raw["n_inner"] = raw.get("n_inner") or 4 * n
     fields = {ours: raw[theirs] for ours, theirs in GPT2_FIELDS.items()}
-    expect(raw, **{name: (value,) for name, value in fields.items()})  # a second name says the same
+    expect(
+        raw, **{name: (value,) for name, value in fields.items()}
+    )  # our name, if it is there, agrees
     return dict(**fields, model_type="gpt2", num_key_value_heads=heads, head_dim=n // heads)
 
 
@@ -233,34 +234,27 @@ def uniform_parameter(rows, columns, fan_in, device):
 
 class Linear(nn.Module):
     """y = x W^T + b, with LoRA and, in the ST pathway (silent), REM, where the adapters have them
-    on the projection of this name. W is [out, in]; for GPT-2 it is [in, out], as in its files."""
+    on the projection of this name. W is [out, in]."""
 
-    def __init__(self, name, n_in, n_out, bias, config, adapters, dtype, device):
+    def __init__(self, name, n_in, n_out, bias, adapters, dtype, device):
         super().__init__()
-        self.n_in, self.transposed = n_in, config.model_type == "gpt2"
-        shape = (n_in, n_out) if self.transposed else (n_out, n_in)
-        self.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
+        self.weight = nn.Parameter(torch.empty(n_out, n_in, dtype=dtype, device=device))
         self.bias = nn.Parameter(torch.zeros(n_out, dtype=dtype, device=device)) if bias else None
         self.lora = self.rem = self.silent_lora = None
-        if adapters.lora_rank and name in adapters.lora_on:
-            scale = adapters.lora_rank, adapters.lora_alpha
-            self.lora = LoRA(n_in, n_out, *scale, adapters.lora_dropout, device)
-        if adapters.rem_rank and name in adapters.rem_on:
-            scale = adapters.rem_rank, adapters.rem_alpha
-            if adapters.rem_is_lora:
-                self.silent_lora = LoRA(n_in, n_out, *scale, adapters.lora_dropout, device)
-            else:
-                self.rem = REM(n_in, *scale, device)
-
-    @property
-    def matrix(self):  # [out, in]
-        return self.weight.T if self.transposed else self.weight
+        rank, alpha, dropout = adapters.lora_rank, adapters.lora_alpha, adapters.lora_dropout
+        if rank and name in adapters.lora_on:
+            self.lora = LoRA(n_in, n_out, rank, alpha, dropout, device)
+        rank, alpha = adapters.rem_rank, adapters.rem_alpha
+        if rank and name in adapters.rem_on and adapters.rem_is_lora:
+            self.silent_lora = LoRA(n_in, n_out, rank, alpha, dropout, device)
+        elif rank and name in adapters.rem_on:
+            self.rem = REM(n_in, rank, alpha, device)
 
     def forward(self, x, silent=False):  # [..., in] -> [..., out]
         if silent and self.rem is not None:
             x = self.rem(x)
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        y = F.linear(x, self.matrix.to(x.dtype), bias)
+        y = F.linear(x, self.weight.to(x.dtype), bias)
         if self.lora is not None:
             y = y + self.lora(x)
         if silent and self.silent_lora is not None:
@@ -269,7 +263,7 @@ class Linear(nn.Module):
 
     def merge(self, silent):
         """W' = (W + (alpha/r) B A) W_R, in fp32; the bias stays, and the adapters are gone."""
-        weight = self.matrix.float()
+        weight = self.weight.float()
         if self.lora is not None:
             weight = weight + self.lora.delta()
         if silent and self.silent_lora is not None:
@@ -277,7 +271,7 @@ class Linear(nn.Module):
         if silent and self.rem is not None:
             weight = self.rem.merged(weight)
         self.lora = self.rem = self.silent_lora = None
-        self.weight.copy_(weight.T if self.transposed else weight)
+        self.weight.copy_(weight)
 
 
 # --------------------------------------------------------------------------------------- layers
@@ -325,16 +319,14 @@ def rotate(x, cos, sin):
 class KVCache:
     """Keys and values of every layer for B rows, each with positions of its own.
 
-    Rows are padded on the right: row b's token at position p lies at index p. What padding left
-    behind a row's last token is overwritten before a query can see it: a query at position p sees
-    the indices 0..p."""
+    Rows are padded on the right: a token at position p lies at index p. A query at p sees the
+    indices 0..p, so that what padding wrote is overwritten before it is seen."""
 
     def __init__(self, model, rows, length):
         config, kind = model.config, dict(dtype=model.compute_dtype, device=model.device)
         length = min(length, config.max_position_embeddings)  # `forward` refuses longer rows
-        shape = (rows, length, config.num_key_value_heads, config.head_dim)
-        layers = range(config.num_hidden_layers)
-        self.kv = [[torch.zeros(shape, **kind) for _ in "kv"] for _ in layers]
+        shape = (2, rows, length, config.num_key_value_heads, config.head_dim)
+        self.kv = [[*torch.zeros(shape, **kind)] for _ in model.layers]  # per layer: [k, v]
         self.length = 0  # of the longest row so far
 
     def update(self, layer, places, *kv):
@@ -353,7 +345,7 @@ class Pass(NamedTuple):
     silent: bool
     places: tuple  # (rows [B, 1], positions [B or 1, T]) of the tokens
     rope: tuple | None  # (cos, sin), each [B or 1, 1, T, e], see `rotate`
-    mask: torch.Tensor | None  # [B, 1, T, kv_length] of what is seen; None: all before
+    mask: torch.Tensor | None  # [B, 1, T, kv_length] of what is seen; None: causal
     cache: KVCache | None
 
 
@@ -366,7 +358,7 @@ class Attention(nn.Module):
         self.grouped = config.num_key_value_heads < config.num_attention_heads
         n, n_q = config.hidden_size, config.num_attention_heads * config.head_dim
         n_kv = config.num_key_value_heads * config.head_dim
-        kind, bias = (config, adapters, dtype, device), config.model_type != "llama"
+        kind, bias = (adapters, dtype, device), config.model_type != "llama"
         self.q_proj = Linear("q_proj", n, n_q, bias, *kind)
         self.k_proj = Linear("k_proj", n, n_kv, bias, *kind)
         self.v_proj = Linear("v_proj", n, n_kv, bias, *kind)
@@ -395,7 +387,7 @@ class MLP(nn.Module):
     def __init__(self, config, adapters, dtype, device):
         super().__init__()
         n, m, gpt2 = config.hidden_size, config.intermediate_size, config.model_type == "gpt2"
-        kind = (gpt2, config, adapters, dtype, device)
+        kind = (gpt2, adapters, dtype, device)
         self.gate_proj = None if gpt2 else Linear("gate_proj", n, m, *kind)
         self.up_proj = Linear("up_proj", n, m, *kind)
         self.down_proj = Linear("down_proj", m, n, *kind)
@@ -477,12 +469,12 @@ class Transformer(nn.Module):
     def init_weights(self):
         """Random base weights: N(0, 1/fan_in), the projections back into the residual stream by
         sqrt(2L) smaller. Embeddings that are no head are drawn larger, N(0, 1/4): weight decay
-        would have them before they have learned."""
+        would shrink them before they learn."""
         for name, module in self.named_modules():
             if isinstance(module, Linear):
                 into_residual = name.endswith(("o_proj", "down_proj"))
                 shrink = math.sqrt(2 * len(self.layers)) if into_residual else 1
-                module.weight.normal_(0, 1 / math.sqrt(module.n_in) / shrink)
+                module.weight.normal_(0, 1 / math.sqrt(module.weight.shape[1]) / shrink)
         std = 1 / math.sqrt(self.config.hidden_size)
         self.embed_tokens.normal_(0, std if self.lm_head is None else 0.5)
         for table in (self.embed_positions, self.lm_head):
@@ -517,11 +509,12 @@ class Transformer(nn.Module):
         [B, T - first_needed, n].
 
         silent: the ST pathway (REM on). cache: a KVCache, to be written and read.
-        positions [B, T]: of the tokens in their rows; None: those behind what the cache holds.
+        positions [B, T]: of the tokens in their rows; None: the next ones after the cache. With a
+        cache a row's positions begin at 0 and leave no gap.
         capture: (rows [P], columns [P]) of tokens; then it returns (hidden, states [L, P, n]), the
         output of every decoder layer there, before the final norm. Nothing else of it is kept.
-        first_needed: the first index that is asked for, without positions; of the tokens before,
-        the last layer makes keys and values only.
+        first_needed: the first index whose state is needed; for those before it the last layer
+        makes keys and values only.
         ValueError for rows longer than the model's positions.
         """
         x = ids if ids.is_floating_point() else self.embed(ids)
@@ -535,8 +528,7 @@ class Transformer(nn.Module):
         if self.frequencies is None:
             x = x + F.embedding(positions, self.embed_positions)
         else:
-            self.frequencies = self.frequencies.to(x.device)
-            angles = positions[:, None, :, None] * self.frequencies  # [B or 1, 1, T, e/2]
+            angles = positions[:, None, :, None] * self.frequencies.to(x.device)  # [.., T, e/2]
             cos, sin = angles.cos(), angles.sin()
             rope = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
         x, states = x.to(self.compute_dtype), []
@@ -549,8 +541,8 @@ class Transformer(nn.Module):
         for i, layer in enumerate(layers):
             first = first_needed if i == len(layers) - 1 else 0
             if first:
-                seen = columns <= columns[start + first :, None]  # [T - first, kv_length]
-                shared = shared._replace(mask=seen)
+                mask = columns <= positions[:, None, first:, None]  # [.., T - first, kv_length]
+                shared = shared._replace(mask=mask)
             if self.activation_checkpointing and torch.is_grad_enabled() and cache is None:
                 layer = partial(checkpoint, layer, use_reentrant=False)
             x = layer(x, shared, first)
@@ -625,11 +617,11 @@ class Transformer(nn.Module):
         values += 3 * m if mlp.gate_proj else m
         if mlp.up_proj.lora or not self.adapters.lora_rank:
             values += n + m
-        values += sum(x.n_in for x in linears if silent and x.rem)
+        values += sum(x.weight.shape[1] for x in linears if silent and x.rem)
         total = values * size + (2 * n * 4 if size < 4 else 0)  # norms are in fp32
         if self.adapters.lora_dropout:
-            total += sum(x.n_in for x in loras) * (size + 1)  # and what is dropped
-        if self.activation_checkpointing:  # inputs of layers; one layer, and gradients in it
+            total += sum(x.weight.shape[1] for x in loras) * (size + 1)  # and what is dropped
+        if self.activation_checkpointing and not thoughts:  # inputs of layers, and one layer
             return int(tokens * (config.num_hidden_layers * n * size + 1.5 * total))
         return tokens * config.num_hidden_layers * total
 
@@ -645,7 +637,7 @@ class Transformer(nn.Module):
 
 
 def is_adapter(name):
-    """Is the parameter of this name none of the base model's?"""
+    """Whether the parameter of this name is not the base model's."""
     parts = {"lora", "rem", "silent_lora", "new_embeddings", "projector"}
     return not parts.isdisjoint(name.split("."))
 
@@ -672,18 +664,19 @@ def checkpoint_layout(model):
             parts.append("weight")
         if model.config.model_type == "gpt2":
             parts = [GPT2_NAMES.get(part, part) for part in parts]
+            parameter = parameter.T if name.endswith("_proj.weight") else parameter  # [in, out]
         layout.setdefault(".".join(parts), []).append(parameter)
     return layout
 
 
 @torch.no_grad()
 def load_checkpoint(model, directory):
-    """Fills the base weights in one pass over the tensors of the directory's files. Every tensor
-    has a place, or says nothing new; one that comes twice, as a tied head may, is the same twice.
+    """Fills the base weights in one pass over the tensors of the directory's files. A tensor
+    without a place is refused, but for IGNORED; one that comes twice, as a tied head may, is equal.
     Returns the digest of all tensors. FileNotFoundError or ValueError, naming file and tensor."""
     layout = checkpoint_layout(model)
     embedding = next(iter(layout))
-    places = layout | ({"lm_head.weight": layout[embedding]} if model.lm_head is None else {})
+    places = {"lm_head.weight": layout[embedding]} | layout  # a tied head is the embedding
     filled, digests = {}, {}
     for path in weight_files(directory):
         with open_safetensors(path) as file:
@@ -751,7 +744,7 @@ def open_safetensors(path):
         return safe_open(path, framework="pt")
     except SafetensorError as error:
         if path.stat().st_size < 1000:
-            read_bytes(path)  # which knows a pointer to the file
+            read_bytes(path)  # names a Git LFS pointer
         raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
 
 
@@ -787,12 +780,12 @@ def export_hf(model, directory, st_id=None, tokens=None):
     embed, head = model.embed_tokens, model.head
     prefix = "transformer." if config.model_type == "gpt2" else "model."
     if st_id is not None:
-        # <st> is read and never written: it scores the mean of all tokens. Where its embedding is
-        # the mean of the embeddings, a tied head says just that.
-        new, mean = model.new_embeddings[:1].to(embed.dtype), embed.float().mean(dim=0)
-        tied = config.tie_word_embeddings and torch.equal(new[0], mean.to(embed.dtype))
-        embed = torch.cat((embed[:st_id], new, embed[st_id + 1 :]))
+        # <st> is never written: its row of the head is the mean of all rows. Where its embedding
+        # is that mean, too, the head stays tied.
+        new = model.new_embeddings[:1].to(embed.dtype)
         mean = head.float().mean(dim=0, keepdim=True).to(head.dtype)
+        tied = config.tie_word_embeddings and torch.equal(new, mean)
+        embed = torch.cat((embed[:st_id], new, embed[st_id + 1 :]))
         head = torch.cat((head[:st_id], mean, head[st_id + 1 :]))
         config = replace(config, vocab_size=len(embed), tie_word_embeddings=tied)
     layout = checkpoint_layout(model)

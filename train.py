@@ -742,7 +742,7 @@ def expected_memory(run):
     kept = []
     for name, pathway in run.method.pathways.items():
         tokens = rows * max(len(example.ids) for example in run.examples[name])
-        kept.append(model.kept_bytes(tokens, pathway.silent, pathway.n_latents or 0))
+        kept.append(model.kept_bytes(tokens, pathway.silent, pathway.n_latents))
     trained = sum(p.numel() for p in run.method.parameters() if p.requires_grad)
     logits = min(max(dart.LOGITS, config.vocab_size), tokens * config.vocab_size)
     passes = sum(kept) if options.attach_teacher else max(kept)

@@ -132,7 +132,7 @@ def main():
     model.merged = None  # with neither LoRA nor REM both pathways have the same weights
     if options.compile:
         model.forward = torch.compile(model.forward, dynamic=True)
-    silent = dart.Pathway(n_silent=20, special_ids=tokenizer.reserved, silent=True)
+    silent = dart.Pathway(n_silent=20, special_ids=tokenizer.reserved[:1], silent=True)
     pathways = {"DART": silent, "No-CoT": dart.Pathway(), "CoT": dart.Pathway(steps=True)}
     texts = [" ".join(problem.steps) for problem in problems]
     steps = [len(tokenizer.encode(t, bos=False, eos=False, continued=True)) for t in texts]

@@ -160,7 +160,7 @@ def test_layout_where_the_tokenizer_would_merge_across_the_seams(pattern):
     ranks = {token: i for i, token in enumerate(tokens)}
     names = ["<eos>", "<bos>", "<st>"] if pattern == data.LLAMA3_PATTERN else ["<eos>"]
     added = [data.added_token(len(tokens) + i, name) for i, name in enumerate(names)]
-    tokenizer = data.BytePair({}, pattern, ranks, added, False, None, "<bos>", "<eos>")
+    tokenizer = data.BytePair({}, pattern, ranks, added, False, "<bos>", "<eos>")
     merged = tokenizer.encode("1?<< b?a c.Answer:-. Answer", bos=False, eos=False)
     assert {word.decode() for word in words} <= {tokenizer.decode([i]) for i in merged}
 
