@@ -889,6 +889,10 @@ def epoch_batches(lengths, batch_size, seed, epoch):
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
+def token_text(tokenizer, token):
+    return printable(tokenizer.decode([token])).replace(" ", "_")
+
+
 def picture(example, tokenizer, width=100):
     """An example as text: each token, and below it what it weighs in the loss (. where nothing)."""
     lines, top, bottom, divisors = [], "", "", example.divisors()
@@ -899,7 +903,7 @@ def picture(example, tokenizer, width=100):
         elif token in tokenizer.reserved or token >= tokenizer.size:
             text = "<st>"
         else:
-            text = printable(tokenizer.decode([token])).replace(" ", "_")
+            text = token_text(tokenizer, token)
         weight = f"1/{divisors[i]}" if divisors[i] else "."
         size = max(len(text), len(weight)) + 1
         if len(top) + size > width:

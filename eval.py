@@ -40,7 +40,7 @@ import torch
 
 import dart
 from data import Problem, Tokenizer, end, load, normalise, option, parse_json, parse_options
-from data import printable, read_json, replacing, run_program, show, show_live
+from data import printable, read_json, replacing, run_program, show, show_live, token_text
 from data import write_bytes, write_json, write_text
 from model import Transformer, export_hf
 
@@ -370,10 +370,6 @@ def lens(method, question, max_new_tokens, k):
     return columns, distances
 
 
-def token_text(tokenizer, token):
-    return printable(tokenizer.decode([token])).replace(" ", "_")
-
-
 def lens_table(columns, distances, width):
     """What `lens` returns as tables: a row a layer, the last one above, in each cell the likeliest
     tokens with their probabilities, as many columns side by side as fit into the width."""
@@ -694,6 +690,8 @@ def asked_for(options):
         raise ValueError(f"--{min(odd)} does not go with {f'--{mode}' if mode else 'accuracies'}")
     if not options.ckpt or (len(options.ckpt) > 1 and mode != "plot"):
         raise ValueError("--ckpt DIR: one directory of a run, or several for --plot alone")
+    if mode == "export" and len(options.pathway) > 1:
+        raise ValueError("--export writes one pathway: --pathway has several")
     files = [options.json, options.examples, options.plot, options.export]
     files = [Path(file).resolve() for file in files if file]
     for file in files:

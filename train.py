@@ -183,6 +183,7 @@ def read_options(argv):
     presets = "".join(f"  {name:21} {' '.join(words.split())}\n" for name, words in PRESETS.items())
     about = f"{__doc__}\nPresets, and what else they say for a method:\n{presets}"
     options = data.parse_options(Options, argv, about, recipe)
+    options.argv = argv
     if options.compare == ("none",):
         options.compare = ()
     if options.suite and "--out" not in given:
@@ -197,6 +198,8 @@ def read_options(argv):
         raise ValueError(f"--compare {min(unknown)}: there are {', '.join(dart.METHODS)}")
     if options.suite and ({"--method", "--compare", "--overwrite"} & given):
         raise ValueError("--suite goes with neither --method, --compare nor --overwrite")
+    if options.seeds > 1 and not options.suite:
+        raise ValueError("--seeds goes with --suite alone")
     if options.resume and options.overwrite:
         raise ValueError("--resume and --overwrite contradict each other")
     names = {"", *data.BUILT_IN, *data.DATASETS, *(MODELS if options.random_init else ())}
@@ -211,7 +214,7 @@ def read_options(argv):
 
 TIMEOUT = timedelta(minutes=10)  # so long a process waits for the others
 PARENT = int(os.environ.get("DART_PARENT", 0))  # of a run of torchrun, or beside others
-BESIDE = bool(PARENT) and "RANK" not in os.environ
+IS_CHILD = bool(PARENT) and "RANK" not in os.environ
 RECEIVED = []  # the signals that ask this process to stop
 
 
@@ -275,8 +278,11 @@ def train_side_by_side(commands, jobs):
                 command = [sys.executable, __file__, *waiting.pop()]
                 running.append(subprocess.Popen(command, env=env, close_fds=False))
             time.sleep(0.05)
-            if bad := [process.returncode for process in running if process.poll()]:
-                sys.exit(max(bad[0], 1))  # it has said why
+            if bad := [process for process in running if process.poll()]:
+                if (code := bad[0].returncode) > 0:  # it has said why
+                    sys.exit(code)
+                what = f"train.py {' '.join(bad[0].args[2:])}"
+                end(f"killed by {signal.Signals(-code).name}: {what}", 1)
             running = [process for process in running if process.returncode is None]
     finally:
         for process in running:
@@ -316,8 +322,7 @@ def check_directory(options):
 def lock(out):
     """Creates the directory and locks it, until the handle that it returns is closed, and those of
     the processes that are started meanwhile."""
-    for directory in reversed((out, *out.parents)):  # `parents` of mkdir calls itself for each
-        directory.mkdir(exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     handle = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
     os.set_inheritable(handle, True)
     try:
@@ -333,7 +338,7 @@ def claim_directory(run):
     """Writes config.json. What is there of another run goes once that is on the disk, so that at
     any moment the directory can be resumed or replaced."""
     options, out = run.options, run.out
-    if check_directory(options) is not None and options.resume:
+    if options.resume and (out / "config.json").exists():
         return run.method.tokenizer.save(out)
     commit = None
     with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no git, or no repository
@@ -381,7 +386,7 @@ class Run:
     fingerprint: dict
     rank: int
     world: int  # number of processes
-    progress: Progress
+    progress: Progress = field(default_factory=Progress)
 
     @property
     def model(self):
@@ -421,7 +426,7 @@ def build_method(options, device):
 def prepare(options, device):
     """The Run of some options, at its first step. device meta: without weights, to check them.
     ValueError or OSError for what a user can mend; writes nothing."""
-    if options.model not in MODELS and not Path(options.model).is_dir():
+    if not (options.random_init and options.model in MODELS or Path(options.model).is_dir()):
         fetch = f"hf download {options.model} --local-dir DIR"
         raise ValueError(f"--model {options.model}: no such directory; a hub's model: {fetch}")
     problems, valid = split_problems(options)
@@ -446,10 +451,13 @@ def prepare(options, device):
     evaluation.check_room(method, longest, valid, options.max_new_tokens)
     fingerprint = dart.fingerprint(options, method.model, method.tokenizer)
     fingerprint = {name: value for name, value in fingerprint.items() if name not in FREE}
-    fingerprint["data"] = hashlib.sha256(repr((problems, valid)).encode()).hexdigest()
-    optimizer = make_optimizer(method.model, options)
-    found = (problems, examples, valid, steps, per_epoch, fingerprint, rank, world, Progress())
-    return Run(options, method, optimizer, *found)
+    fingerprint["data"] = problems_digest((problems, valid))
+    found = (problems, examples, valid, steps, per_epoch, fingerprint, rank, world)
+    return Run(options, method, make_optimizer(method.model, options), *found)
+
+
+def problems_digest(problems):
+    return hashlib.sha256(repr(problems).encode()).hexdigest()
 
 
 def empty_cots(problems, drop_last_step):
@@ -499,9 +507,10 @@ def load_checkpoint(run):
 
 def step_of(line):
     """The step of a line of log.jsonl; of a damaged one infinity."""
-    with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError, OverflowError):
+    try:
         return int(json.loads(line)["step"])
-    return math.inf
+    except Exception:
+        return math.inf
 
 
 # ------------------------------------------------------------------------------------- training
@@ -683,11 +692,11 @@ def log(run, record, text):
 
 def show(run, text):
     if run.rank == 0:
-        data.show(f"{run.out}: {text}" if BESIDE else text)
+        data.show(f"{run.out}: {text}" if IS_CHILD else text)
 
 
 def show_live(run, text):
-    if run.rank == 0 and not BESIDE:
+    if run.rank == 0 and not IS_CHILD:
         data.show_live(text)
 
 
@@ -697,21 +706,23 @@ TRAIN_SAMPLE, TIMED = 500, 50  # training problems, and questions one by one, fo
 COMPARED = ("row", "pathway", "exact", "exact_interval", "n", "train", "passes", "ms")
 
 
-def plan(options, argv):
-    """{row: the command lines of its runs, one a seed}: of a suite, of a comparison, or of one."""
-    out, rows = Path(options.out), {}
+def plan(options):
+    """{row: the Options of its runs, one a seed}: of a suite, of a comparison, or of one run."""
+    out, argv, rows = Path(options.out), [*options.argv, "--compare"], {}
     if not options.suite:
         for method in options.compare:
-            rows[method] = [[*argv, "--compare", f"--method={method}", f"--out={out / method}"]]
+            rows[method] = [read_options([*argv, f"--method={method}", f"--out={out / method}"])]
         rows.pop(options.method, None)
-        return rows | {options.method: [[*argv, "--compare"]]}
-    if (out / "config.json").exists():
-        raise ValueError(f"--out {out}: holds a run; a suite is in a directory of its own")
+        return rows | {options.method: [read_options(argv)]}
+    folders = {row: re.sub(r"\W+", "-", row).strip("-") for row in SUITES[options.suite]}
+    own = {*folders.values(), ".lock", "table.md", "table.json", "figure2.png"}
+    if out.is_dir() and (odd := {path.name.removesuffix(".tmp") for path in out.iterdir()} - own):
+        raise ValueError(f"--out {out}: holds {min(odd)}, which is not of this suite")
     for row, words in SUITES[options.suite].items():
-        folder = out / re.sub(r"\W+", "-", row).strip("-")
-        common = [*argv, "--compare", "--suite=", "--resume", *words.split()]
-        seeds = range(options.seed, options.seed + options.seeds)
-        rows[row] = [[*common, f"--seed={seed}", f"--out={folder / str(seed)}"] for seed in seeds]
+        argv = [*options.argv, "--compare", "--suite=", "--seeds=1", "--resume", *words.split()]
+        for seed in range(options.seed, options.seed + options.seeds):
+            place = [f"--seed={seed}", f"--out={out / folders[row] / str(seed)}"]
+            rows.setdefault(row, []).append(read_options([*argv, *place]))
     return rows
 
 
@@ -722,16 +733,18 @@ def planned(run, row=None):
     """What all steps of a run take, as a row of a table; tokens and FLOP, of all pathways, are from
     steps at equal distances."""
     run = dataclasses.replace(run, progress=Progress())
-    apart, options = math.ceil(run.steps / SAMPLED), run.options
-    batches = itertools.islice(enumerate(global_batches(run), 1), 0, None, apart)
-    n = sum(1 for step, indices in batches if micro_batches(run, step, indices))
+    options, batches = run.options, list(enumerate(global_batches(run), 1))
+    batches = batches[:: math.ceil(run.steps / SAMPLED)]
+    for step, indices in batches:
+        micro_batches(run, step, indices)  # counts tokens and FLOP in run.progress
     sizes = [(p.numel(), p.requires_grad) for p in run.method.parameters()]
     trained = sum(size for size, is_trained in sizes if is_trained)
     plan = dict(row=row, lr=options.lr, schedule=options.schedule, steps=run.steps)
     plan |= dict(trained_parameters=trained, weights=sum(size for size, _ in sizes))
     plan |= dict(problems=len(run.problems), peak_memory=expected_memory(run))
     tokens, flops = run.progress.tokens, sum(run.progress.flops.values())
-    return plan | dict(tokens=tokens * run.steps / n, all_flops=flops * run.steps / n)
+    per_sample = run.steps / len(batches)
+    return plan | dict(tokens=tokens * per_sample, all_flops=flops * per_sample)
 
 
 def expected_memory(run):
@@ -794,22 +807,24 @@ def train_one(options, device):
 
 def measured(options, names, device):
     """{data set: {pathway: figures}} of a trained run: its result.json, and accuracies on test
-    splits and on training problems; kept in its test.json."""
+    splits and on training problems; kept in its test.json, by the digest of the problems."""
     path, load = Path(options.out) / "test.json", partial(data.load, data_dir=options.data_dir)
-    figures = read_json(path) if path.is_file() else {}
-    if missing := [name for name in names if name not in figures]:
-        method, _ = dart.load_run(options.out, device=device)
+    tests = {name: load(name, "test", options.seed) for name in names}
+    digests = {name: problems_digest(problems) for name, problems in tests.items()}
+    kept = read_json(path) if path.is_file() else {}
+    if missing := [name for name in names if digests[name] not in kept]:
+        method, _ = dart.load_run(options.out, options.model, device)
         result = read_json(path.with_name("result.json"))
-        train = load(options.data, "train", options.seed)[:TRAIN_SAMPLE]
+        train = split_problems(options)[0][:TRAIN_SAMPLE]
         for pathway in reversed(method.pathways):
             answerer = evaluation.answerer(method, pathway)
             known, _ = evaluation.measure(answerer, train)
             for name in missing:
-                found, _ = evaluation.measure(answerer, load(name, "test", options.seed))
+                found, _ = evaluation.measure(answerer, tests[name])
                 found = result | found | {"train": known["exact"]}
-                figures.setdefault(name, {})[pathway] = found
-        write_json(path, figures)
-    return figures
+                kept.setdefault(digests[name], {})[pathway] = found
+        write_json(path, kept)
+    return {name: kept[digests[name]] for name in names}
 
 
 def make_tables(options, rows, device):
@@ -817,17 +832,17 @@ def make_tables(options, rows, device):
     paper's figures beside those of a suite. Times are those of the first seed."""
     tables, names, answerers = {}, options.test_data or (options.data,), []
     for first, *_ in rows.values():  # on the CPU: all of a table might not fit into a GPU
-        method, _ = dart.load_run(first.out)
+        method, _ = dart.load_run(first.out, first.model)
         answerers += [evaluation.answerer(method, name) for name in reversed(method.pathways)]
+    figures = {row: [measured(run, names, device) for run in runs] for row, runs in rows.items()}
     for name in names:
         tables[name], test = [], data.load(name, "test", options.seed, options.data_dir)
         questions = [problem.question for problem in test[:TIMED]]
         times = iter(evaluation.time_in_turns(answerers, questions, device))
-        for row, runs in rows.items():
+        for row, seeds in figures.items():
             published = PAPER.get((options.suite, f"{options.preset}:{name}", row), "-")
-            figures = [measured(one, names, device)[name] for one in runs]
-            for i, pathway in enumerate(figures[0]):
-                mean = evaluation.over_seeds([found[pathway] for found in figures])
+            for i, pathway in enumerate(seeds[0][name]):
+                mean = evaluation.over_seeds([found[name][pathway] for found in seeds])
                 mean |= {"row": row, "pathway": pathway, "paper": "-" if i else published}
                 tables[name].append(mean | next(times))
     return tables
@@ -853,41 +868,42 @@ def write_tables(options, tables, device):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    if BESIDE or "RANK" in os.environ:
+    if IS_CHILD or "RANK" in os.environ:
         parent = PARENT or os.getppid()
         threading.Thread(target=watch_parent, args=[parent], daemon=True).start()
     with contextlib.ExitStack() as held:
-        run_command(read_options(argv), argv, held)
+        run_command(read_options(argv), held)
 
 
-def run_command(options, argv, held):
+def run_command(options, held):
     """Checks all runs of a command before the first one trains, trains them and compares them; held
     keeps their locks."""
     device = start_processes(options.device)
-    (rank, _), commands = rank_and_world(), plan(options, argv)
-    rows = {row: [read_options(words) for words in some] for row, some in commands.items()}
-    runs = [one for some in rows.values() for one in some]
-    for one in runs if len(runs) > 1 and not options.dry_run else ():
-        checked_run(one, "meta")
-    if len(runs) > 1 and Path(options.data).is_file() and not options.test_data:
-        raise ValueError(f"--test_data is missing: {options.data} is what is trained on")
-    for name in options.test_data or (options.data,) if len(runs) > 1 else ():
-        data.load(name, "test", options.seed, options.data_dir)
+    (rank, _), rows = rank_and_world(), plan(options)
+    runs = [run for seeds in rows.values() for run in seeds]
+    if len(runs) > 1:
+        if Path(options.data).is_file() and not options.test_data:
+            raise ValueError(f"--test_data is missing: {options.data} is what is trained on")
+        for name in options.test_data or (options.data,):
+            data.load(name, "test", options.seed, options.data_dir)
+        for run in runs if not options.dry_run else ():
+            checked_run(run, "meta")
     check_directory(runs[-1])
     writes = rank == 0 and not options.dry_run
-    for out in {options.out, *(one.out for one in runs)} if writes and not BESIDE else ():
-        held.callback(os.close, lock(Path(out)))
+    if writes and not IS_CHILD:
+        for out in {options.out, *(run.out for run in runs)}:
+            held.callback(os.close, lock(Path(out)))
 
     jobs = min(len(runs), options.jobs or torch.get_num_threads())
     if options.dry_run:
-        plans = [planned(checked_run(some[0], "meta"), row) for row, some in rows.items()]
+        plans = [planned(checked_run(seeds[0], "meta"), row) for row, seeds in rows.items()]
         if rank == 0:
             data.show(evaluation.table(plans))
     elif device == "cpu" and not dist.is_initialized() and jobs > 1:
-        train_side_by_side([words for some in commands.values() for words in some], jobs)
+        train_side_by_side([run.argv for run in runs], jobs)
     else:
-        for one in runs:
-            train_one(one, device)
+        for run in runs:
+            train_one(run, device)
             if RECEIVED:
                 end(f"{signal.Signals(RECEIVED[0]).name} when a run was trained", 128 + RECEIVED[0])
     if dist.is_initialized():  # the others need not wait for the tables
@@ -895,7 +911,7 @@ def run_command(options, argv, held):
         dist.destroy_process_group()
     if writes and len(runs) > 1:
         write_tables(options, make_tables(options, rows, device), device)
-    if writes and not options.suite and not BESIDE:
+    if writes and not options.suite and not IS_CHILD:
         data.show(f"The run is in {options.out}. Next: python eval.py --ckpt {options.out}")
 
 

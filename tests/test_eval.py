@@ -362,6 +362,7 @@ REFUSED = """
 --ckpt RUN --lens x --examples new       --examples does not go with --lens
 --ckpt RUN --ask x --pathway st          --pathway does not go with --ask
 --ckpt RUN --export new --limit 1        --limit does not go with --export
+--ckpt RUN --export x --pathway st cot   --export writes one pathway
 --ckpt RUN --plot new.png --json new     --json does not go with --plot
 --ckpt RUN --json new --examples ./new   new: exists already
 --ckpt RUN --json there                  there: exists already

@@ -87,6 +87,7 @@ def test_options_of_a_preset(words, want):
         ("--compare cod", "--compare cod"),
         ("--suite table1 --overwrite", "--suite goes with neither"),
         ("--suite table1 --method cot", "--suite goes with neither"),
+        ("--seeds 2", "--seeds goes with --suite alone"),
         ("--resume --overwrite", "contradict"),
         ("--lr -1", "--lr -1"),
         ("--lr nan", "--lr nan"),
@@ -444,7 +445,18 @@ def test_a_missing_test_split_is_missed_before_the_training(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_run_beside_others_that_is_killed_is_named(tmp_path, monkeypatch, capsys):
+    (tmp_path / "train.py").write_text("kill -9 $$")
+    monkeypatch.setattr(train.sys, "executable", "sh")
+    monkeypatch.setattr(train, "__file__", str(tmp_path / "train.py"))
+    monkeypatch.setattr(train.signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit, match="1"):
+        train.train_side_by_side([["--out", "x"]], 1)
+    assert capsys.readouterr().err == "error: killed by SIGKILL: train.py --out x\n"
+
+
 def test_a_suite_goes_on_where_it_was_stopped(tmp_path, capsys):
+    """On a test set that has changed it is measured anew."""
     for split in ("train", "valid", "test"):
         lines = [json.dumps(p._asdict()) for p in data.demo_problems(0)[split][:9]]
         (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
@@ -454,6 +466,7 @@ def test_a_suite_goes_on_where_it_was_stopped(tmp_path, capsys):
     train.main([*words, "--out", str(out)])
     (out / "DART" / "1" / "result.json").unlink()
     kept = (out / "DART" / "0" / "adapter.safetensors").stat().st_mtime_ns
+    (tmp_path / "test.jsonl").write_text("\n".join(lines[:4]))
     capsys.readouterr()
     train.main([*words, "--out", str(out)])
     printed = capsys.readouterr().out
@@ -461,7 +474,10 @@ def test_a_suite_goes_on_where_it_was_stopped(tmp_path, capsys):
     assert str(out / "DART" / "1") in printed and str(out / "No-CoT" / "0") not in printed
     (rows,) = json.loads((out / "table.json").read_text()).values()
     assert [row["row"] for row in rows] == ["No-CoT", "DART", "DART"]
-    assert all(row["n"] == 18 and "exact_sd" in row for row in rows)
+    assert all(row["n"] == 8 and "exact_sd" in row for row in rows)
+    (out / "notes").touch()
+    with pytest.raises(ValueError, match="holds notes, which is not of this suite"):
+        train.main([*words, "--out", str(out)])
 
 
 @pytest.mark.parametrize("preset", ["llama-3.2-1b", "llama-3.2-3b", "qwen2.5-1.5b", "gpt2"])
@@ -478,8 +494,8 @@ def test_coconut_and_icot_end_with_all_steps_left_out_and_time_to_learn_it(prese
 
 @pytest.mark.parametrize("suite, rows", [("table1", 7), ("table3", 8), ("figure2", 10)])
 def test_rows_of_a_suite_differ_as_they_should(suite, rows):
-    plan = train.plan(train.read_options(["--suite", suite]), ["--suite", suite])
-    chosen = [train.read_options(words) for (words,) in plan.values()]
+    plan = train.plan(train.read_options(["--suite", suite]))
+    chosen = [one for (one,) in plan.values()]
     assert len(chosen) == rows and len({one.out for one in chosen}) == rows
     for row, one in zip(plan, chosen, strict=True):
         words = train.SUITES[suite][row].split()
@@ -489,8 +505,7 @@ def test_rows_of_a_suite_differ_as_they_should(suite, rows):
 
 def test_seeds_of_a_suite_are_counted_up_from_the_one_given():
     words = ["--suite", "table5", "--seed", "7", "--seeds", "3"]
-    for commands in train.plan(train.read_options(words), words).values():
-        runs = [train.read_options(command) for command in commands]
+    for runs in train.plan(train.read_options(words)).values():
         assert [(one.seed, Path(one.out).name) for one in runs] == [(7, "7"), (8, "8"), (9, "9")]
 
 
@@ -500,8 +515,7 @@ def test_tables_hold_means_over_seeds_and_the_papers_figures(tmp_path, monkeypat
     words = "--preset gpt2 --model /base --suite table5 --data gsm8k-aug --seeds 2".split()
     words += ["--out", str(tmp_path)]
     chosen = train.read_options(words)
-    (commands,) = [some for row, some in train.plan(chosen, words).items() if row == "DART"]
-    runs = [train.read_options(command) for command in commands]
+    runs = train.plan(chosen)["DART"]
     for i, one in enumerate(runs):
         Path(one.out).mkdir(parents=True)
         train.write_json(Path(one.out) / "result.json", {"seconds": i, "flops": {"st": 1.0}})
@@ -519,7 +533,7 @@ def test_tables_hold_means_over_seeds_and_the_papers_figures(tmp_path, monkeypat
     monkeypatch.setattr(evaluation, "measure", measure)
     monkeypatch.setattr(evaluation, "time_in_turns", lambda some, *_: [{"ms": x} for x in some])
     monkeypatch.setattr(data, "load", load)
-    monkeypatch.setattr(dart, "load_run", lambda out, **_: (method(Path(out).name), None))
+    monkeypatch.setattr(dart, "load_run", lambda out, *_: (method(Path(out).name), None))
     st, cot = train.make_tables(chosen, {"DART": runs}, "cpu")["gsm8k-aug"]
     for row, pathway, paper in ((st, "st", "24.7/19"), (cot, "cot", "-")):
         assert (row["row"], row["pathway"], row["paper"]) == ("DART", pathway, paper)
