@@ -339,9 +339,9 @@ def teacher_state(method, question, max_new_tokens):
     prompt = pathway.prompt(question, method.tokenizer)
     (ids,) = dart.generate(method.model, method.tokenizer, pathway, [prompt], max_new_tokens)
     ids = prompt.ids.tolist() + ids
-    for end_of in range(len(ids), len(prompt.ids), -1):
-        if ids[:end_of][-len(separator) :] == separator:
-            return states_at(method.model, ids[:end_of], False, [end_of - 1])
+    for stop in range(len(ids), len(prompt.ids), -1):
+        if ids[:stop][-len(separator) :] == separator:
+            return states_at(method.model, ids[:stop], False, [stop - 1])
     return None
 
 
@@ -395,8 +395,8 @@ CONTROLS = 10  # other problems
 
 
 def results_of(problem):
-    """(the results of a CoT's steps but the last, where neither question nor answer has them; the
-    words of question and answer)"""
+    """(results of all steps but the last that are not in question or answer; the words of these
+    two)"""
     known = {*WORDS.findall(problem.question), *WORDS.findall(problem.answer)}
     found = [WORDS.findall(step) for step in problem.steps[:-1]]
     return {words[-1] for words in found if words} - known, known
@@ -597,7 +597,7 @@ A plain {family} checkpoint: a run of the method `{method}` of a reference imple
 (Jiang et al., EMNLP 2025), as its pathway `{name}`, LoRA and REM folded into the weights.
 {base}
 
-The prompt is the question, without outer blanks and with single ones inside{prompted}.
+The prompt is the question, stripped and with single blanks{prompted}.
 
 ```python
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -626,12 +626,12 @@ def model_card(method, name):
         raise ValueError("the question says how many <st>: no card can say how to prompt")
     elif counts != {0}:
         (n,) = counts
-        prompted = f", and right behind it {n} times `<st>` and `{separator}`"
+        prompted = f", directly followed by {n} times `<st>` and `{separator}`"
         inputs = f'prompt = question + "<st>" * {n} + "{separator}"\n{inputs}'
         inputs = inputs.replace("tokenizer(question", "tokenizer(prompt")
     else:  # as a text, tokens might be merged across the seam
         ids = dart.separator_ids(tokenizer)
-        prompted = f", and behind its ids those of `{separator}`, {ids}"
+        prompted = f", its ids followed by those of `{separator}`, {ids}"
         inputs += f"\nids = ids.new_tensor([ids[0].tolist() + {ids}])"
     what = dict(family=method.model.config.model_type, method=method.options.method, name=name)
     base = Path(method.options.model).name

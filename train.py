@@ -81,14 +81,14 @@ class Options(dart.Options):
     steps: int = option(0, "optimizer steps; 0: as many as --epochs take")
     batch_size: int = option(128, "problems in a step, over all processes", low=1)
     lr: float = option(8e-4, "highest learning rate")
-    schedule: str = option("cosine", "of it, after a linear warm-up", "cosine constant")
+    schedule: str = option("cosine", "of the rate, after the warm-up", "cosine constant")
     warmup: float = option(0.03, "share of the steps that warm up", high=1)
     weight_decay: float = option(0.1, "AdamW's, on matrices only")
     beta2: float = option(0.999, "AdamW's", high=0.99999)
     grad_clip: float = option(2.0, "largest norm of the gradient; 0: no limit")
 
     eval_every: int = option(0, "steps between validations; 0: an epoch", group="evaluation, files")
-    eval_size: int = option(500, "most validation problems; 0: none, where there are none")
+    eval_size: int = option(500, "validation problems at most; 0: no validation")
     log_every: int = option(10, "steps between lines of the log", low=1)
     save_every: int = option(500, "steps between checkpoints", low=1)
 
@@ -203,7 +203,7 @@ def read_options(argv):
     if options.resume and options.overwrite:
         raise ValueError("--resume and --overwrite contradict each other")
     names = {"", *data.BUILT_IN, *data.DATASETS, *(MODELS if options.random_init else ())}
-    for name in dart.PATHS:  # to be found from anywhere
+    for name in dart.PATHS:  # absolute: valid in any directory
         value = getattr(options, name)
         if value not in names and Path(value).exists():
             setattr(options, name, str(Path(value).resolve()))
@@ -212,8 +212,8 @@ def read_options(argv):
 
 # ------------------------------------------------------------------------- processes and signals
 
-TIMEOUT = timedelta(minutes=10)  # so long a process waits for the others
-PARENT = int(os.environ.get("DART_PARENT", 0))  # of a run of torchrun, or beside others
+TIMEOUT = timedelta(minutes=10)  # how long a process waits for the others
+PARENT = int(os.environ.get("DART_PARENT", 0))  # torchrun, or the train.py that started this
 IS_CHILD = bool(PARENT) and "RANK" not in os.environ
 RECEIVED = []  # the signals that ask this process to stop
 
@@ -314,7 +314,7 @@ def check_directory(options):
         raise ValueError(f"--out {out}: holds something, but no run ({error})") from None
     if not options.resume and not options.overwrite:
         raise ValueError(f"--out {out}: holds a run; --resume continues, --overwrite replaces it")
-    if odd := [name for name in RUN_FILES if (out / name).exists() > (out / name).is_file()]:
+    if odd := [name for name in RUN_FILES if (out / name).exists() and not (out / name).is_file()]:
         raise ValueError(f"--out {out}: {odd[0]} is not a file")
     return saved
 
@@ -547,9 +547,9 @@ def micro_batches(run, step, indices):
     options, method, share = run.options, run.method, len(indices) // run.world
     stage, size = stage_of(run, step), options.micro_batch_size or share
     u = np.random.default_rng((options.seed, step, 1)).random(len(indices))
-    parts, behind = [], (run.rank + 1) * share
-    for start in range(run.rank * share, behind, size):
-        chosen, batches = range(start, min(start + size, behind)), {}
+    parts, stop = [], (run.rank + 1) * share
+    for start in range(run.rank * share, stop, size):
+        chosen, batches = range(start, min(start + size, stop)), {}
         for name, pathway in method.pathways.items():
             examples = [run.examples[name][indices[i]] for i in chosen]
             if stage is not None:
@@ -590,7 +590,7 @@ def train(run):
         norm = torch.nn.utils.clip_grad_norm_(parameters, options.grad_clip or math.inf)
         finite = bool(torch.stack([norm, *losses.values()]).isfinite().all())
         flags = torch.tensor([next(iter(RECEIVED), 0), not finite], device=norm.device)
-        stop, bad = dart.all_reduce(flags, dist.ReduceOp.MAX).tolist()  # what one has met, all do
+        stop, bad = dart.all_reduce(flags, dist.ReduceOp.MAX).tolist()  # any one stops all
         if bad:
             text = " ".join(f"{name} {loss:.3g}" for name, loss in losses.items())
             text = f"step {step}: not finite: {text} |g| {norm:.3g}, problems {indices.tolist()}"
@@ -730,8 +730,8 @@ SAMPLED = 200  # steps whose batches are looked at
 
 
 def planned(run, row=None):
-    """What all steps of a run take, as a row of a table; tokens and FLOP, of all pathways, are from
-    steps at equal distances."""
+    """The cost of a run, as a row of a table. Tokens and FLOP, of all pathways, are scaled up from
+    evenly spaced steps."""
     run = dataclasses.replace(run, progress=Progress())
     options, batches = run.options, list(enumerate(global_batches(run), 1))
     batches = batches[:: math.ceil(run.steps / SAMPLED)]
@@ -763,8 +763,8 @@ def expected_memory(run):
 
 
 def checked_run(options, device):
-    """`prepare`, where the directory holds nothing, or this run and it is to be resumed, or one
-    that is to be replaced. ValueError or OSError."""
+    """`prepare`, if the directory is empty, or holds this run and --resume is given, or any run and
+    --overwrite. ValueError or OSError."""
     saved, run = check_directory(options), prepare(options, device)
     if saved is not None and options.resume:
         dart.check_same_run(run.out / "config.json", saved["run"], run.fingerprint)
@@ -772,7 +772,7 @@ def checked_run(options, device):
 
 
 def train_one(options, device):
-    """Trains a run to its end, or sees that it is there."""
+    """Trains a run to its end, unless --resume finds it done."""
     if options.resume and (Path(options.out) / "result.json").is_file():
         return checked_run(options, "meta")
     run = checked_run(options, device)

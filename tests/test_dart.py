@@ -170,9 +170,9 @@ def test_layout_where_the_tokenizer_would_merge_across_the_seams(pattern):
     special = tokenizer.reserved or (tokenizer.size,)
     cot, full = (dart.Pathway(steps=True, drop_last_step=drop) for drop in (True, False))
     st = dart.Pathway(silent=True, n_silent=2, special_ids=special)
-    bos, silent = (
-        ("<bos> ", "<st> <st>") if tokenizer.reserved else ("", "#{0} #{0}".format(*special))
-    )
+    bos, silent = "<bos> ", "<st> <st>"
+    if not tokenizer.reserved:
+        bos, silent = "", "#{0} #{0}".format(*special)
     numbers = Problem(" 1  b?", ["<<1-2=-1>>", "<<-1/2=-.5>>"], "-.5")
     z, y = learned("< < 1 - 2 = - 1 > > A n s w e r :"), learned("- . 5 <eos>")
     assert layout(cot, numbers, tokenizer) == f"{bos}1 _ b ? {z}* {y}"

@@ -300,10 +300,8 @@ def test_lens_table_fits_the_width():
         headings = [re.split(r" *\| *", block[0])[1:-1] for block in blocks]
         assert all(heading[0] == "layer" for heading in headings)
         assert sum((heading[1:] for heading in headings), []) == [*CELLS, "distance"]
-    assert (
-        text.splitlines()[-1]
-        == "| 1     | a 25%  bb 10% | e 50%  f 50%   | g 75%  b 10% | 0.500    |"
-    )
+    last = "| 1     | a 25%  bb 10% | e 50%  f 50%   | g 75%  b 10% | 0.500    |"
+    assert text.splitlines()[-1] == last
 
 
 def test_lens_on_the_command_line(a_run, tmp_path, capsys):

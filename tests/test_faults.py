@@ -162,9 +162,7 @@ def copy(whole, tmp_path):
 # -------------------------------------------------------------------------------- sudden ends
 
 
-def test_killed_before_any_rename_and_resumed_a_run_is_the_same_to_the_last_bit(
-    run, tmp_path, whole
-):
+def test_killed_before_any_rename_and_resumed_a_run_is_the_same(run, tmp_path, whole):
     def killed(n):
         out = tmp_path / str(n)
         code = run(out, *LORA, fault=At("os.rename", "", n, KILL)).code
