@@ -733,17 +733,17 @@ def planned(run, row=None):
     """The cost of a run, as a row of a table. Tokens and FLOP, of all pathways, are scaled up from
     evenly spaced steps."""
     run = dataclasses.replace(run, progress=Progress())
-    options, batches = run.options, list(enumerate(global_batches(run), 1))
-    batches = batches[:: math.ceil(run.steps / SAMPLED)]
-    for step, indices in batches:
-        micro_batches(run, step, indices)  # counts tokens and FLOP in run.progress
+    options, apart = run.options, math.ceil(run.steps / SAMPLED)
+    for step, indices in enumerate(global_batches(run), 1):
+        if (step - 1) % apart == 0:
+            micro_batches(run, step, indices)  # counts tokens and FLOP in run.progress
     sizes = [(p.numel(), p.requires_grad) for p in run.method.parameters()]
     trained = sum(size for size, is_trained in sizes if is_trained)
     plan = dict(row=row, lr=options.lr, schedule=options.schedule, steps=run.steps)
     plan |= dict(trained_parameters=trained, weights=sum(size for size, _ in sizes))
     plan |= dict(problems=len(run.problems), peak_memory=expected_memory(run))
     tokens, flops = run.progress.tokens, sum(run.progress.flops.values())
-    per_sample = run.steps / len(batches)
+    per_sample = run.steps / math.ceil(run.steps / apart)
     return plan | dict(tokens=tokens * per_sample, all_flops=flops * per_sample)
 
 
