@@ -183,7 +183,7 @@ def read_options(argv):
     presets = "".join(f"  {name:21} {' '.join(words.split())}\n" for name, words in PRESETS.items())
     about = f"{__doc__}\nPresets, and what else they say for a method:\n{presets}"
     options = data.parse_options(Options, argv, about, recipe)
-    options.argv = argv
+    options.argv = argv  # for the runs of a comparison or suite
     if options.compare == ("none",):
         options.compare = ()
     if options.suite and "--out" not in given:
@@ -507,10 +507,9 @@ def load_checkpoint(run):
 
 def step_of(line):
     """The step of a line of log.jsonl; of a damaged one infinity."""
-    try:
+    with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError, OverflowError):
         return int(json.loads(line)["step"])
-    except Exception:
-        return math.inf
+    return math.inf
 
 
 # ------------------------------------------------------------------------------------- training

@@ -442,7 +442,7 @@ def test_answer_keeps_order_and_mode_and_is_without_dropout(name):
         prompts = [pathway.prompt(question, TOKENIZER) for question in QUESTIONS]
         rows = dart.generate(method.eval().model, TOKENIZER, pathway, prompts, 6)
         texts = [TOKENIZER.decode([i for i in row if i != TOKENIZER.eos_id]) for row in rows]
-        want = [(text, len(row) + (pathway.n_latents or 0)) for text, row in zip(texts, rows)]
+        want = [(text, len(row) + pathway.n_latents) for text, row in zip(texts, rows)]
         for size in (1, 3):
             assert method.train().answer(QUESTIONS, key, batch_size=size) == want
     assert method.answer(QUESTIONS) == want and method.model.training  # of the last pathway
