@@ -334,13 +334,13 @@ PEOPLE += "Mark Alex Adam Luke".split()
 
 
 def call_problems(seed):
-    """14,200 problems in plain English, who has news after three calls: {split: list[Problem]}.
+    """2,200 problems in plain English, who has news after three calls: {split: list[Problem]}.
 
     Seven people call each other in a ring. Nothing can be known by heart: all is in the question,
     and no four people who pass the news on in a held-out problem do so in training. `seed` draws
     the problems."""
     rng, splits, held_out = np.random.default_rng(seed), {}, set()
-    for split, n in (HELD_OUT | {"train": 13500}).items():
+    for split, n in (HELD_OUT | {"train": 1500}).items():
         problems = splits[split] = []
         while len(problems) < n:
             ring = [PEOPLE[i] for i in rng.permutation(len(PEOPLE))[:7]]

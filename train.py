@@ -114,7 +114,7 @@ PRESETS = {
     "qwen2.5-1.5b": "--epochs 10 --lr 5e-4",
     "gpt2": "--epochs 40 --lr 2e-3",
     # A laptop's, or minutes of a GPU, there with --dtype bf16.
-    "smollm2-135m": """--data calls --dtype fp32 --steps 400 --batch_size 32 --lr 1e-3
+    "smollm2-135m": """--data calls --dtype fp32 --steps 400 --batch_size 32 --lr 1e-3 --warmup 0.2
         --weight_decay 0.01 --lora_rank 32 --lora_dropout 0 --rem_rank 32 --n_st 6 --log_every 20
         --eval_every 100 --eval_size 200 --save_every 100 --max_new_tokens 40""",
     "gpt2 codi": "--lr 3e-3 --distill_weight 1",
