@@ -151,9 +151,8 @@ def read_gpt2(raw):
     raw = dict(tie_word_embeddings=True, n_positions=1024, layer_norm_epsilon=1e-5) | raw
     raw["n_inner"] = raw.get("n_inner") or 4 * n
     fields = {ours: raw[theirs] for ours, theirs in GPT2_FIELDS.items()}
-    expect(
-        raw, **{name: (value,) for name, value in fields.items()}
-    )  # our name, if it is there, agrees
+    same = {name: (value,) for name, value in fields.items()}
+    expect(raw, **same)  # a field under our name, too, agrees
     return dict(**fields, model_type="gpt2", num_key_value_heads=heads, head_dim=n // heads)
 
 
