@@ -68,7 +68,8 @@ def load(name_or_path, split, seed=0, data_dir="datasets"):
     path, published = Path(name_or_path), None
     if name_or_path in DATASETS:
         if split not in DATASETS[name_or_path]:
-            raise ValueError(f"{name_or_path} has no {split} split")
+            how = "; --eval_size 0 trains without" if split == "valid" else ""
+            raise ValueError(f"{name_or_path} has no {split} split{how}")
         published = DATASETS[name_or_path][split]
         path = Path(data_dir) / name_or_path / published.file
         if not path.is_file():

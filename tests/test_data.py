@@ -134,12 +134,12 @@ def test_load_knows_the_names_of_a_validation_split(tmp_path, name):
 def test_load_names_what_is_missing(tmp_path):
     with pytest.raises(FileNotFoundError, match="valid.jsonl: no such file"):
         data.load(tmp_path, "valid")
-    with pytest.raises(
-        FileNotFoundError, match=r"nowhere: .* no data set \(demo, calls, gsm8k-aug"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"nowhere: .* no data set \(demo, calls, gsm"):
         data.load("nowhere", "valid")
     with pytest.raises(ValueError, match="svamp has no train split"):
         data.load("svamp", "train", data_dir=tmp_path)
+    with pytest.raises(ValueError, match="gsm8k has no valid split; --eval_size 0"):
+        data.load("gsm8k", "valid", data_dir=tmp_path)
     with pytest.raises(
         FileNotFoundError, match="SVAMP.json: no such file; python data.py svamp gets"
     ):
