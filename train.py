@@ -654,10 +654,20 @@ def validate(run):
         save(run, lambda: dart.save_weights(path, tensors, **about))
 
 
+def reset_peak_memory(device):
+    """From here on `peak_memory` counts; of a CPU's process on Linux alone."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_memory(device):
     """Bytes: of the GPU's memory, or of the whole process on a CPU."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated()
+    with contextlib.suppress(OSError):  # Linux, where ru_maxrss may be that of the parent
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -799,8 +809,7 @@ def train_one(options, device):
     for name, examples in run.examples.items():
         picture = data.picture(examples[0], run.method.tokenizer, width)
         show(run, f"{name}: the first problem, and what its tokens weigh in the loss\n{picture}")
-    if "cuda" in str(device):
-        torch.cuda.reset_peak_memory_stats()
+    reset_peak_memory(device)
     with noting_signals():
         train(run)
 

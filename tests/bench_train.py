@@ -15,7 +15,6 @@ JSON.
 import argparse
 import dataclasses
 import json
-import re
 import statistics
 import subprocess
 import sys
@@ -266,18 +265,6 @@ def synchronised(device):
     return time.perf_counter()
 
 
-def peak_memory(device, reset=False):
-    """Bytes, the most since the last reset: of the GPU, or of this process (Linux)."""
-    if torch.device(device).type == "cuda":
-        if reset:
-            torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.max_memory_allocated()
-    if reset:
-        Path("/proc/self/clear_refs").write_text("5")
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1])
-
-
 def padding(examples, batches):
     """The share of padding in both pathways' batches."""
     lengths = [
@@ -317,10 +304,11 @@ def print_memory(options, ours, grouped, mixed):
         ours.model = ours.run.optimizer = ours.parameters = None
         ours.run.method = argparse.Namespace(tokenizer=ours.run.method.tokenizer)
     batch = max(batches, key=lambda batch: ours.lengths[batch].max())
-    start = peak_memory(options.device, reset=True)
+    train.reset_peak_memory(options.device)
+    start = train.peak_memory(options.device)
     subject.step(batch)
     subject.step(batch)
-    print(json.dumps({"start": start, "peak": peak_memory(options.device)}))
+    print(json.dumps({"start": start, "peak": train.peak_memory(options.device)}))
 
 
 def memory_of(name):

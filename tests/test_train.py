@@ -369,7 +369,9 @@ def test_a_dry_run_says_what_the_run_takes_and_leaves_nothing(tmp_path, method, 
     titles, _, cells = capsys.readouterr().out.splitlines()
     assert not out.exists() and "FLOP" in titles and f"| {method} " in cells
     plan = train.planned(train.checked_run(options(*words, "--out", str(out)), "meta"))
+    once = len(bytearray(2**31))  # 2 GiB that the process held before, and the run does not
     result = train.read_json(main(out, *words) / "result.json")
+    assert result["peak_memory"] < once
     for name in ("trained_parameters", "steps", "tokens"):
         assert plan[name] == result[name]
     assert plan["all_flops"] == pytest.approx(sum(result["flops"].values()))
