@@ -337,9 +337,9 @@ PEOPLE += "Mark Alex Adam Luke".split()
 def call_problems(seed):
     """2,200 problems in plain English, who has news after three calls: {split: list[Problem]}.
 
-    Seven people call each other in a ring. Nothing can be known by heart: all is in the question,
-    and no four people who pass the news on in a held-out problem do so in training. `seed` draws
-    the problems."""
+    Seven people call each other in a ring. All that is needed is in the question, and no four
+    people who pass the news on in a held-out problem do so in training. `seed` draws the
+    problems."""
     rng, splits, held_out = np.random.default_rng(seed), {}, set()
     for split, n in (HELD_OUT | {"train": 1500}).items():
         problems = splits[split] = []

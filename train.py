@@ -655,9 +655,9 @@ def validate(run):
 
 
 def reset_peak_memory(device):
-    """From here on `peak_memory` counts; of a CPU's process on Linux alone."""
+    """From here on `peak_memory` counts; on a CPU only under Linux."""
     if torch.device(device).type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.reset_peak_memory_stats()
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
