@@ -22,7 +22,7 @@ from model import MODELS, Adapters, Transformer
 
 def hugging_face_model(model):
     """The merged model as a LlamaForCausalLM."""
-    theirs = hugging_face(model.config).to(model.device, model.compute_dtype).eval()
+    theirs = hugging_face(model.config, model.device).to(model.compute_dtype).eval()
     names = {
         name: name if name == "lm_head" else f"model.{name}" for name, _ in model.named_parameters()
     }

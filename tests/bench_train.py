@@ -49,29 +49,29 @@ class Modulo:
         return [i % self.size for i in self.tokenizer.encode(text, **how)]
 
 
-def hugging_face(config):
-    """A LlamaForCausalLM of the same architecture, with weights of its own."""
+def hugging_face(config, device):
+    """A LlamaForCausalLM of the same architecture, with weights of its own, made on the device."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     rope = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.rope_scaling:
         rope |= {"rope_type": "llama3", **config.rope_scaling}
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_hidden_layers,
-            num_attention_heads=config.num_attention_heads,
-            num_key_value_heads=config.num_key_value_heads,
-            head_dim=config.head_dim,
-            rms_norm_eps=config.norm_eps,
-            tie_word_embeddings=config.tie_word_embeddings,
-            rope_parameters=rope,
-            max_position_embeddings=config.max_position_embeddings,
-            attn_implementation="sdpa",
-        )
+    theirs = LlamaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        rms_norm_eps=config.norm_eps,
+        tie_word_embeddings=config.tie_word_embeddings,
+        rope_parameters=rope,
+        max_position_embeddings=config.max_position_embeddings,
+        attn_implementation="sdpa",
     )
+    with torch.device(device):
+        return LlamaForCausalLM(theirs)
 
 
 class Ours:
@@ -130,8 +130,8 @@ class Ordinary:
 
         self.options, self.run, source = ours.options, ours.run, ours.model
         self.device, bf16 = source.device, ours.options.dtype == "bf16"
-        self.model = hugging_face(source.config)
-        self.model.to(self.device, torch.bfloat16 if bf16 else torch.float32)
+        self.model = hugging_face(source.config, self.device)
+        self.model.to(torch.bfloat16 if bf16 else torch.float32)
         self.model = get_peft_model(
             self.model,
             LoraConfig(
