@@ -52,7 +52,7 @@ class Options:
     model: str = option("", "directory of the base model: config.json, model.safetensors")
     tokenizer: str = option("", "directory of the tokenizer, if not the model's; or demo")
     random_init: bool = option(False, "random weights; --model may be a preset's name, too")
-    data: str = option("gsm8k-aug", "a built-in task (demo, calls), a name, or a directory")
+    data: str = option("gsm8k-aug", "a built-in task (demo, calls), a name, a directory or file")
     data_dir: str = option("datasets", "where `python data.py NAME` puts the data sets")
     dtype: str = option("bf16", "of the computation and of frozen weights", DTYPES)
     seed: int = option(0, "of weights, data order and dropout")

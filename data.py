@@ -359,6 +359,13 @@ def call_problems(seed):
 
 BUILT_IN = {"demo": functools.cache(demo_problems), "calls": functools.cache(call_problems)}
 
+
+def is_single_file(name_or_path):
+    """Whether `load` reads one file for every split."""
+    names = BUILT_IN.keys() | DATASETS.keys()
+    return name_or_path not in names and Path(name_or_path).is_file()
+
+
 # -------------------------------------------------------------------------------------- scoring
 
 NUMBER = re.compile(
@@ -452,6 +459,8 @@ class Tokenizer:
     stand for <st> and the like; files: {name: bytes}, saved with a run.
     """
 
+    prefix_space = False  # is a blank put before a text?
+
     def __init__(self, files, ids, tokens, bos, *usual):
         """tokens: the added ones, see `added_tokens`; bos: the name of what is put first, or None;
         usual: of the end token, where tokenizer_config.json has none."""
@@ -465,6 +474,8 @@ class Tokenizer:
             raise ValueError(f"the end token {eos!r} (tokenizer_config.json, {usual}) is not there")
         if config.get("add_bos_token") and bos is None:
             raise ValueError("tokenizer_config.json: add_bos_token is not supported here")
+        if config.get("add_prefix_space") not in (None, self.prefix_space):
+            raise ValueError("tokenizer_config.json: this add_prefix_space is not supported here")
         self.files, self.size, self.added, self.eos_id = files, len(ids), added, added[eos]
         self.tokenizer_json = json_of(files, "tokenizer.json") | {"added_tokens": tokens}
         self.bos_id = None if config.get("add_bos_token") is False else added.get(bos)
@@ -615,6 +626,8 @@ class BytePair(Tokenizer):
 class SentencePiece(Tokenizer):
     """A SentencePiece model. It puts a blank before a text, but not before one that continues."""
 
+    prefix_space = True
+
     def __init__(self, files):
         proto = files["tokenizer.model"]
         try:
@@ -760,8 +773,8 @@ def read_vocab_and_merges(files):
     config = json_of(files, "tokenizer_config.json")
     family = config.get("tokenizer_class") or ("GPT2" if end_token in vocab else "Qwen2")
     qwen2 = family.startswith("Qwen2")
-    if not family.startswith(("GPT2", "Qwen2")) or config.get("add_prefix_space"):
-        raise ValueError(f"tokenizer_config.json: {family} is not supported, nor a prefixed space")
+    if not family.startswith(("GPT2", "Qwen2")):
+        raise ValueError(f"tokenizer_config.json: {family} is not supported")
     lines = files["merges.txt"].decode().splitlines()
     merges = [line for line in lines if line and not line.startswith("#version")]
     pattern = QWEN2_PATTERN if qwen2 else GPT2_PATTERN
@@ -1091,12 +1104,14 @@ def run_program(main):
         end(error, 2)
     except KeyboardInterrupt:
         end("interrupted", 130)
-    except RuntimeError as error:
-        if re.search(NO_MEMORY, str(error)):
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, MemoryError) or re.search(NO_MEMORY, str(error)):
             how = "a smaller --micro_batch_size (train.py) or --batch_size (eval.py)"
             end(f"out of memory: less is needed with {how}", 1, everywhere=True)
         if torch.distributed.is_initialized() and re.search(LOST, str(error)):
             end(f"this process has lost the others of the run ({error})", 1)
+        if re.match(r"torch\._(dynamo|inductor)", type(error).__module__):
+            end(f"--compile: {error}", 1)
         raise
 
 
@@ -1108,7 +1123,7 @@ def main(argv=None):
     options = parser.parse_args(argv)
     tokenizer = Tokenizer.from_pretrained(options.tokenizer) if options.tokenizer else None
     for name in options.names:
-        splits = ("train",) if Path(name).is_file() else ("train", "valid", "test")
+        splits = ("train",) if is_single_file(name) else ("train", "valid", "test")
         splits, missing = DATASETS.get(name, splits), []
         if name in DATASETS:
             fetch(name, options.data_dir)

@@ -39,9 +39,9 @@ import numpy as np
 import torch
 
 import dart
-from data import Problem, Tokenizer, end, load, normalise, option, parse_json, parse_options
-from data import printable, read_json, replacing, run_program, show, show_live, token_text
-from data import write_bytes, write_json, write_text
+from data import Problem, Tokenizer, end, is_single_file, load, normalise, option, parse_json
+from data import parse_options, printable, read_json, replacing, run_program, show, show_live
+from data import token_text, write_bytes, write_json, write_text
 from model import Transformer, export_hf
 
 
@@ -685,7 +685,8 @@ def asked_for(options):
     given = {f.name for f in dataclasses.fields(Options) if getattr(options, f.name) != f.default}
     mode = next((name for name in ("ask", "lens", "export", "plot") if name in given), "")
     mode = "lens without a question" if options.lens == "" else mode
-    allowed = {*READS[mode].split(), "ckpt", "best", "model", "dtype", "device"}
+    allowed = {"ckpt", *READS[mode].split()}
+    allowed |= {"best", "model", "dtype", "device"} if mode != "plot" else set()
     if odd := given - allowed:
         raise ValueError(f"--{min(odd)} does not go with {f'--{mode}' if mode else 'accuracies'}")
     if not options.ckpt or (len(options.ckpt) > 1 and mode != "plot"):
@@ -728,7 +729,7 @@ def main(argv=None):
     if mode == "export":
         return export(method, options.export, (*options.pathway, method.inference_pathway)[0])
     names = options.data or (run.data,) if "data" in READS[mode].split() else ()
-    if names and not options.data and Path(run.data).is_file():
+    if names and not options.data and is_single_file(run.data):
         raise ValueError(f"--data is missing: {run.data} is what the run was trained on")
     where = options.data_dir or run.data_dir
     sets = {name: load(name, options.split, run.seed, where) for name in names}

@@ -97,7 +97,8 @@ class Options(dart.Options):
     compile: bool = option(False, "torch.compile of the layers")
 
 
-# Options of a run that may differ when it is resumed: they change no loss but for rounding.
+# Options of a run that may differ when it is resumed: they change no loss but for rounding
+# (micro_batch_size the draws of dropout, too).
 FREE = ("out", "resume", "overwrite", "compare", "suite", "seeds", "jobs", "test_data", "device")
 FREE += ("preset", "micro_batch_size", "activation_checkpointing", "compile", "dry_run")
 FREE += ("save_every", "log_every")
@@ -201,8 +202,11 @@ def read_options(argv):
         raise ValueError("--suite goes with neither --method, --compare nor --overwrite")
     if options.seeds > 1 and not options.suite:
         raise ValueError("--seeds goes with --suite alone")
-    if options.resume and options.overwrite:
-        raise ValueError("--resume and --overwrite contradict each other")
+    if options.rem_is_lora and not options.rem_rank:
+        raise ValueError("--rem_is_lora needs a --rem_rank")
+    for pair in ("--resume", "--overwrite"), ("--steps", "--epochs"):
+        if given >= {*pair}:
+            raise ValueError(f"{' and '.join(pair)} contradict each other")
     names = {"", *data.BUILT_IN, *data.DATASETS, *(MODELS if options.random_init else ())}
     for name in dart.PATHS:  # absolute: valid in any directory
         value = getattr(options, name)
@@ -224,16 +228,22 @@ def start_processes(device):
     device = evaluation.pick_device(device)
     if "RANK" not in os.environ:
         return device
-    store, rank, world = next(rendezvous("env://", timeout=TIMEOUT))
-    if os.environ.get("GROUP_WORLD_SIZE") == "1":
-        # torchrun may keep a store over its restarts, with addresses of dead processes in it
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
-        store = dist.PrefixStore(f"attempt {attempt}", store)
-    backend = {"cpu": "gloo", "cuda": "nccl"}[device]
+    backend, how = {"cpu": "gloo", "cuda": "nccl"}[device], dict(timeout=TIMEOUT)
     if device == "cuda":
+        n, there = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        if n > there:
+            raise ValueError(f"--nproc_per_node={n}: only {there} GPUs are there")
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(device)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
+    try:
+        store, how["rank"], how["world_size"] = next(rendezvous("env://", **how))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            # torchrun may keep a store over its restarts, with addresses of dead processes in it
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+            store = dist.PrefixStore(f"attempt {attempt}", store)
+        dist.init_process_group(backend, store=store, **how)
+    except RuntimeError as error:
+        raise ValueError(f"the processes do not meet: {error}") from None
     return device
 
 
@@ -402,7 +412,7 @@ def split_problems(options):
     """(problems to train on, problems to validate on). Of a single file the last are held out."""
     load = partial(data.load, options.data, seed=options.seed, data_dir=options.data_dir)
     problems, n = load("train"), options.eval_size
-    if Path(options.data).is_file():
+    if data.is_single_file(options.data):
         first = max(0, len(problems) - n)
         return problems[:first], problems[first:]
     return problems, load("valid")[:n] if n else []
@@ -441,14 +451,15 @@ def prepare(options, device):
     stage, last = method.stage(0, per_epoch), method.stage(steps - 1, per_epoch)
     if last not in (None, dart.FINAL_STAGE):
         raise ValueError(f"--method {options.method}: its schedule takes more than {steps} steps")
-    examples = {}
+    examples, longest = {}, 0
     for name in method.pathways:
         pathway = method.training_pathway(name, stage, 0.0)
         examples[name] = [pathway.example(problem, method.tokenizer) for problem in problems]
+        later = method.pathways[name].n_latents - pathway.n_latents  # thoughts of later stages
+        longest = max(longest, later + max(len(example.ids) for example in examples[name]))
         if pathway.steps and empty_cots(problems, pathway.drop_last_step) == len(problems):
             kept = len(problems) - empty_cots(problems, False)
             raise ValueError(f"all CoTs are empty; with --last_step keep {kept} would not be")
-    longest = max(len(example.ids) for some in examples.values() for example in some)
     evaluation.check_room(method, longest, valid, options.max_new_tokens)
     fingerprint = dart.fingerprint(options, method.model, method.tokenizer)
     fingerprint = {name: value for name, value in fingerprint.items() if name not in FREE}
@@ -484,6 +495,15 @@ def save_checkpoint(run):
     about = dict(run=run.fingerprint, progress=dataclasses.asdict(run.progress))
     dart.save_weights(run.out / "adapter.safetensors", tensors, **about)
     dart.save_weights(run.out / "checkpoint.safetensors", tensors | moments, **about)
+
+
+def save_best(run):
+    """best.safetensors, and its accuracy in run.progress. OSError."""
+    accuracy = run.progress.valid[run.method.inference_pathway]
+    progress = dataclasses.replace(run.progress, best=accuracy)
+    about = dict(run=run.fingerprint, progress=dataclasses.asdict(progress))
+    dart.save_weights(run.out / "best.safetensors", run.model.state(run.options.whole), **about)
+    run.progress.best = accuracy
 
 
 def load_checkpoint(run):
@@ -542,8 +562,8 @@ def stage_of(run, step):
 
 def micro_batches(run, step, indices):
     """This process's share of a global batch as a list of MicroBatch, counted in run.progress.
-    Random numbers go by step and place in the global batch: they are the same on any number of
-    processes."""
+    Random numbers go by step and place in the global batch: with the same micro-batches they are
+    the same on any number of processes."""
     options, method, share = run.options, run.method, len(indices) // run.world
     stage, size = stage_of(run, step), options.micro_batch_size or share
     u = np.random.default_rng((options.seed, step, 1)).random(len(indices))
@@ -646,12 +666,8 @@ def validate(run):
         progress.valid[name] = dart.all_reduce(right.to(run.model.device)).item() / len(run.valid)
     text = "  ".join(f"{name} {100 * share:.1f} %" for name, share in progress.valid.items())
     log(run, {"valid": progress.valid}, f"step {progress.step}  validation: {text}")
-    accuracy = progress.valid[method.inference_pathway]
-    if accuracy > progress.best:
-        progress.best = accuracy
-        about = dict(run=run.fingerprint, progress=dataclasses.asdict(progress))
-        tensors, path = run.model.state(options.whole), run.out / "best.safetensors"
-        save(run, lambda: dart.save_weights(path, tensors, **about))
+    if progress.valid[method.inference_pathway] > progress.best:
+        save(run, save_best, run)
 
 
 def reset_peak_memory(device):
@@ -691,10 +707,11 @@ def step_text(run, losses):
 
 def log(run, record, text):
     """Rank 0 writes a line of log.jsonl, and one on the screen."""
+    if run.rank:
+        return
     try:
         with open(run.out / "log.jsonl", "a") as file:
-            line = json.dumps({"step": run.progress.step} | record) + "\n"
-            file.write(line if run.rank == 0 else "")
+            file.write(json.dumps({"step": run.progress.step} | record) + "\n")
     except OSError as error:
         text = f"not in the log: {error}"
     show(run, text)
@@ -891,12 +908,14 @@ def run_command(options, held):
     (rank, _), rows = rank_and_world(), plan(options)
     runs = [run for seeds in rows.values() for run in seeds]
     if len(runs) > 1:
-        if Path(options.data).is_file() and not options.test_data:
+        if data.is_single_file(options.data) and not options.test_data:
             raise ValueError(f"--test_data is missing: {options.data} is what is trained on")
         for name in options.test_data or (options.data,):
             data.load(name, "test", options.seed, options.data_dir)
         for run in runs if not options.dry_run else ():
             checked_run(run, "meta")
+    elif options.test_data and not IS_CHILD:
+        raise ValueError("--test_data goes with --compare and --suite alone")
     check_directory(runs[-1])
     writes = rank == 0 and not options.dry_run
     if writes and not IS_CHILD:

@@ -531,6 +531,9 @@ def test_added_tokens_beside_other_files(tokenizers, tmp_path):
     b = plain.encode(" b", bos=False, eos=False, continued=True)
     ids = plain_ids(tokenizer, "a <calc> b")
     assert ids == [*plain_ids(plain, "a "), 301, *b] and tokenizer.decode(ids) == "a <calc> b"
+    (llama2 / "tokenizer_config.json").write_text('{"add_prefix_space": false}')
+    with pytest.raises(ValueError, match="this add_prefix_space is not"):
+        Tokenizer.from_pretrained(llama2)
 
 
 @pytest.mark.parametrize("kind", ["vocab-qwen2", "sentencepiece", "words"])
@@ -627,7 +630,7 @@ MERGES = {"merges.txt": "", "vocab.json": '{"a": 0, "<|endoftext|>": 1}'}
         ({"vocab.json": '{"a": 0}', "merges.txt": ""}, "end token None"),
         (MERGES | {"merges.txt": "a b"}, "the merge 'a b'"),
         (MERGES | {"tokenizer_config.json": '{"tokenizer_class": "Bart"}'}, "Bart is not supp"),
-        (MERGES | {"tokenizer_config.json": '{"add_prefix_space": true}'}, "prefixed space"),
+        (MERGES | {"tokenizer_config.json": '{"add_prefix_space": true}'}, "add_prefix_space"),
         (MERGES | {"tokenizer_config.json": '{"add_bos_token": true}'}, "add_bos_token is not"),
         (MERGES | {"tokenizer_config.json": "{"}, "tokenizer_config.json: not JSON"),
         (MERGES | {"added_tokens.json": '{"<t>": 1}'}, "the token '<.endoftext.>' is not"),
@@ -762,13 +765,16 @@ def test_replacing_writes_the_whole_file_or_nothing(tmp_path):
     assert path.read_text() == "" and sorted(os.listdir(tmp_path)) == ["file", "other"]
 
 
-OOM = "CUDA out of memory. Tried to allocate 2 GiB"
+class InductorError(RuntimeError):
+    __module__ = "torch._inductor.exc"
 
 
-@pytest.mark.parametrize(
-    "error, code",
-    [(ValueError("nö\x1b[2J\n\u202e\x07"), 2), (KeyboardInterrupt(), 130), (RuntimeError(OOM), 1)],
-)
+OOM = RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+ENDS = {ValueError("nö\x1b[2J\n\u202e\x07"): 2, KeyboardInterrupt(): 130, OOM: 1}
+ENDS |= {MemoryError(): 1, InductorError("no g++"): 1}
+
+
+@pytest.mark.parametrize("error, code", ENDS.items())
 def test_run_program_ends_in_one_line_that_no_terminal_obeys(capsys, error, code):
     def main():
         raise error

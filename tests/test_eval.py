@@ -361,6 +361,7 @@ REFUSED = """
 --ckpt RUN --export new --limit 1        --limit does not go with --export
 --ckpt RUN --export x --pathway st cot   --export writes one pathway
 --ckpt RUN --plot new.png --json new     --json does not go with --plot
+--ckpt RUN --plot new.png --best         --best does not go with --plot
 --ckpt RUN --json new --examples ./new   new: exists already
 --ckpt RUN --json there                  there: exists already
 --ckpt RUN --examples there              there: exists already

@@ -89,6 +89,8 @@ def test_options_of_a_preset(words, want):
         ("--suite table1 --method cot", "--suite goes with neither"),
         ("--seeds 2", "--seeds goes with --suite alone"),
         ("--resume --overwrite", "contradict"),
+        ("--steps 5 --epochs 2", "contradict"),
+        ("--rem_is_lora --rem_rank 0", "needs a --rem_rank"),
         ("--lr -1", "--lr -1"),
         ("--lr nan", "--lr nan"),
         ("--batch_size 0", "--batch_size 0"),
@@ -108,6 +110,8 @@ def test_a_directory_does_not_hide_a_name(tmp_path, monkeypatch):
     found = [options("--data", name).data for name in ("demo", "svamp", "own", "./svamp")]
     assert found == ["demo", "svamp", str(tmp_path / "own"), str(tmp_path / "svamp")]
     assert options().model == "demo" and options().tokenizer == "demo"
+    (tmp_path / "calls").touch()  # nor does a file
+    assert len(train.split_problems(options("--data", "calls"))[0]) == 1500
 
 
 def test_learning_rate_warms_up_and_falls_as_half_a_cosine():
@@ -142,6 +146,17 @@ def test_a_file_is_the_training_split_but_for_its_last_problems(tmp_path):
         evaluation.main(["--ckpt", str(tmp_path / "run")])
     with pytest.raises(ValueError, match="--test_data is missing: .*own.jsonl is what is"):
         train.main([*words, "cot", "--overwrite"])
+    with pytest.raises(ValueError, match="--test_data goes with --compare and --suite alone"):
+        train.main([*words, "--overwrite", "--test_data", "demo"])
+
+
+def test_more_processes_than_gpus_are_refused_by_each(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, value in {"RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="--nproc_per_node=2: only 1 GPUs are there"):
+        train.start_processes("auto")
 
 
 def test_empty_cots_are_counted_and_nothing_but_them_is_refused(tmp_path, capsys):
@@ -291,6 +306,8 @@ def test_the_optimizer_starts_anew_at_each_stage(tmp_path):
     assert stages == [0, 0, 0, 1, 1, 2, 2, dart.FINAL_STAGE]
     progress = dart.load_weights(out / "checkpoint.safetensors")[1]["progress"]
     assert progress["step"] == 8 and weights(out, "checkpoint")["optimizer.0.step"] == 1
+    with pytest.raises(ValueError, match="but the model has 80 positions"):  # in the last stage
+        prepared(*words, "--latents_per_step", "30", "--eval_size", "0")
 
 
 def test_best_weights_are_those_of_the_best_validation(tmp_path):
@@ -304,6 +321,19 @@ def test_best_weights_are_those_of_the_best_validation(tmp_path):
     valid = data.load("demo", "valid", 0)[:40]
     records = dart.evaluate(method.model, method.tokenizer, method.pathways["st"], valid, 4)
     assert np.mean([record["numeric"] for record in records]) == max(shares)
+
+
+def test_weights_that_were_not_written_are_not_the_best(tmp_path, monkeypatch):
+    def save(path, tensors, **about):
+        if path.name == "best.safetensors" and about["progress"]["step"] == 1:
+            raise OSError("the disk is full")
+        write(path, tensors, **about)
+
+    write = dart.save_weights
+    monkeypatch.setattr(dart, "save_weights", save)
+    words = ["--lr", "0", "--steps", "2", "--eval_every", "1", "--eval_size", "20"]
+    out = main(tmp_path / "run", *words)  # both validations are equal
+    assert dart.load_weights(out / "best.safetensors")[1]["progress"]["step"] == 2
 
 
 # ---------------------------------------------------------------------------------- resumption
