@@ -199,9 +199,7 @@ def test_every_process_takes_its_share_of_the_same_batch():
 def test_dropout_has_another_seed_in_every_step_and_micro_batch():
     run = prepared("--micro_batch_size", "4")
     indices = next(train.global_batches(run))
-    seeds = [
-        micro.seed for step in range(1, 6) for micro in train.micro_batches(run, step, indices)
-    ]
+    seeds = [m.seed for step in range(1, 6) for m in train.micro_batches(run, step, indices)]
     assert len(set(seeds)) == len(seeds) == 10
 
 
@@ -259,23 +257,18 @@ def test_global_batches_go_on_where_a_run_stopped():
 def test_steps_are_those_of_a_plain_loop(tmp_path):
     """AdamW with the betas given, weight decay on matrices only, clipping, the learning rate of
     each step, the losses of `dart.DART`."""
-    words = (
-        "--steps 4 --grad_clip 0.5 --weight_decay 0.3 --beta2 0.9 --lr 0.01 --eval_size 0".split()
-    )
-    out = main(tmp_path / "run", *words)
-    run = prepared(*words, "--steps", "4")
+    words = "--steps 4 --grad_clip 0.5 --weight_decay 0.3 --beta2 0.9 --lr 0.01".split()
+    out = main(tmp_path / "run", *words, "--eval_size", "0")
+    run = prepared(*words)
     named = dict(run.method.model.named_parameters())
     matrices = [p for p in named.values() if p.dim() == 2]
     groups = [dict(params=matrices, weight_decay=0.3)]
     groups += [dict(params=[p for p in named.values() if p.dim() < 2], weight_decay=0.0)]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.9), eps=1e-8)
     for step, indices in enumerate(list(train.global_batches(run))):
-        batches = {
-            name: data.collate([run.examples[name][i] for i in indices], 1)
-            for name in run.method.pathways
-        }
-        loss_cot, h_cot = run.method("cot", batches["cot"])
-        loss_st, h_st = run.method("st", batches["st"])
+        examples = ([run.examples[name][i] for i in indices] for name in ("cot", "st"))
+        cot, st = (data.collate(some, 1) for some in examples)
+        (loss_cot, h_cot), (loss_st, h_st) = run.method("cot", cot), run.method("st", st)
         distill = dart.distill_loss(h_cot.detach(), h_st)
         (loss_cot + loss_st + 5.0 * distill).backward()
         torch.nn.utils.clip_grad_norm_(named.values(), 0.5)
@@ -430,20 +423,14 @@ class Memory(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["--method", "no-cot"],
-        ["--method", "dart"],
-        ["--method", "dart", "--attach_teacher"],
-        ["--method", "codi"],
-        ["--method", "dart", "--lora_rank", "8"],
-        ["--method", "dart", "--lora_rank", "8", "--rem_is_lora", "--dtype", "bf16"],
-        ["--method", "dart", "--lora_rank", "8", "--activation_checkpointing"],
-    ],
-)
+LORA_8 = "--method dart --lora_rank 8"
+COSTS = ["--method no-cot", "--method dart", "--method dart --attach_teacher", "--method codi"]
+COSTS += [LORA_8, f"{LORA_8} --rem_is_lora --dtype bf16", f"{LORA_8} --activation_checkpointing"]
+
+
+@pytest.mark.parametrize("words", COSTS)
 def test_the_expected_memory_is_what_a_step_takes(words):
-    run = train.prepare(options("--batch_size", "64", *words), "cpu")
+    run = train.prepare(options("--batch_size", "64", *words.split()), "cpu")
     lengths = np.array([[len(e.ids) for e in some] for some in run.examples.values()])
     batch = max(train.global_batches(run), key=lambda indices: lengths[:, indices].max())
 
