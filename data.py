@@ -469,7 +469,7 @@ class Tokenizer:
         config = json_of(files, "tokenizer_config.json")
         added = {token["content"]: token["id"] for token in tokens}
         eos = config.get("eos_token") or next((name for name in usual if name in added), None)
-        eos = eos["content"] if isinstance(eos, dict) else eos
+        eos, first = name_of(eos), name_of(config.get("bos_token"))
         if eos not in added:
             raise ValueError(f"the end token {eos!r} (tokenizer_config.json, {usual}) is not there")
         if config.get("add_bos_token") and bos is None:
@@ -479,6 +479,8 @@ class Tokenizer:
         self.files, self.size, self.added, self.eos_id = files, len(ids), added, added[eos]
         self.tokenizer_json = json_of(files, "tokenizer.json") | {"added_tokens": tokens}
         self.bos_id = None if config.get("add_bos_token") is False else added.get(bos)
+        if self.bos_id is not None and first not in (None, bos):
+            raise ValueError(f"bos_token {first!r} (tokenizer_config.json) is not {bos!r}")
         self.reserved = tuple(added[name] for name in RESERVED if name in added)
         words = [token["content"] for token in tokens if not token["special"]]
         longest_first = sorted(filter(None, words), key=len, reverse=True)
@@ -642,6 +644,13 @@ class SentencePiece(Tokenizer):
         special = [i for i in range(size) if model.is_control(i) or model.is_unknown(i)]
         known = [added_token(i, model.id_to_piece(i)) for i in special]
         tokens = added_tokens(files, known)
+        raw, config = json_of(files, "tokenizer.json"), json_of(files, "tokenizer_config.json")
+        vocab, pieces = raw.get("model", {}).get("vocab"), map(model.id_to_piece, range(size))
+        if isinstance(vocab, dict) and any(vocab.get(p) != i for i, p in enumerate(pieces)):
+            raise ValueError("tokenizer.json has another vocabulary")
+        legacy = raw.get("normalizer") or config.get("legacy")  # blanks behind added words, too
+        if legacy and not all(token["special"] for token in tokens):
+            raise ValueError("added words are read as by a tokenizer with `legacy` false alone")
         names = {token["id"]: token["content"] for token in tokens}
         bos, eos = (names.get(i) for i in (model.bos_id(), model.eos_id()))
         super().__init__(files, {*range(size), *names}, tokens, bos, eos)
@@ -656,9 +665,18 @@ class SentencePiece(Tokenizer):
     def decode_ids(self, ids, continued):
         return (self.continued_model if continued else self.model).decode(ids)
 
+    def export(self, with_st):
+        if self.model.normalize("²  a\n") != "\u2581²\u2581\u2581a\n":
+            raise ValueError("tokenizer.model changes texts before it cuts them: no export")
+        return super().export(with_st)
+
 
 def json_of(files, name):
     return parse_json(files.get(name, b"{}"), name)
+
+
+def name_of(token):
+    return token["content"] if isinstance(token, dict) else token
 
 
 def added_token(i, name, special=True):
@@ -682,7 +700,7 @@ def added_tokens(files, known=()):
     ValueError where they contradict each other, or one is not read as it would be elsewhere."""
     config, tokens = json_of(files, "tokenizer_config.json"), {}
     names = [config.get(f"{name}_token") for name in ("bos", "eos", "pad", "unk")]
-    special = {name["content"] if isinstance(name, dict) else name for name in names}
+    special = {name_of(name) for name in names}
     found = [*json_of(files, "tokenizer.json").get("added_tokens", ())]
     decoder = config.get("added_tokens_decoder", {})
     found += [added_token(int(i), "") | token | {"id": int(i)} for i, token in decoder.items()]
@@ -792,8 +810,9 @@ def byte_ranks(vocab, merges):
     """{bytes: id} of tokens that spell bytes as printable characters.
 
     tiktoken merges the two neighbours whose union has the lowest id; Hugging Face goes through the
-    merges in their order. That is the same for vocabularies made by merging, as the published ones:
-    the ids of the unions never fall, and every token is a byte or a union. ValueError otherwise."""
+    merges in their order. That is the same for vocabularies made by one run of merging, as the
+    published ones: the ids of the unions never fall, and every token is a byte or a union.
+    ValueError otherwise; merges of another run behind them are not noticed."""
     byte_of, last, made = byte_spelling(), -1, set()
     for pair in merges:
         union = "".join(pair)

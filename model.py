@@ -725,6 +725,8 @@ def digest_of(digests):
 def weight_files(directory):
     """The paths of model.safetensors, or of the shards in its index."""
     path = Path(directory) / "model.safetensors"
+    if path.with_name("adapter_config.json").is_file():
+        raise ValueError(f"{directory}: adapter_config.json: the adapter must be merged first")
     if path.is_file():
         return [path]
     index = Path(f"{path}.index.json")

@@ -337,14 +337,13 @@ def write_llama3_ranks(path):
     path.write_bytes(b"".join(lines))
 
 
-def write_sentencepiece(directory):
+def write_sentencepiece(directory, **more):
     """A SentencePiece model with Llama 2's settings, and its tokenizer.json."""
     model, lines = io.BytesIO(), ["Answer: 12 <<3*4=12>> and how many apples she has left"] * 20
     options = dict(model_type="bpe", vocab_size=300, byte_fallback=True, split_digits=True)
     options |= dict(normalization_rule_name="identity", remove_extra_whitespaces=False)
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=model, minloglevel=2, num_threads=1, **options
-    )
+    options |= dict(sentence_iterator=iter(lines), model_writer=model, minloglevel=2, num_threads=1)
+    sentencepiece.SentencePieceTrainer.train(**options | more)
     (directory / "tokenizer.model").write_bytes(model.getvalue())
     write_sentencepiece_json(directory)
 
@@ -531,9 +530,6 @@ def test_added_tokens_beside_other_files(tokenizers, tmp_path):
     b = plain.encode(" b", bos=False, eos=False, continued=True)
     ids = plain_ids(tokenizer, "a <calc> b")
     assert ids == [*plain_ids(plain, "a "), 301, *b] and tokenizer.decode(ids) == "a <calc> b"
-    (llama2 / "tokenizer_config.json").write_text('{"add_prefix_space": false}')
-    with pytest.raises(ValueError, match="this add_prefix_space is not"):
-        Tokenizer.from_pretrained(llama2)
 
 
 @pytest.mark.parametrize("kind", ["vocab-qwen2", "sentencepiece", "words"])
@@ -642,6 +638,32 @@ def test_tokenizer_that_is_broken_or_unknown_is_named(tmp_path, files, message):
         (tmp_path / name).write_text(text)
     with pytest.raises((ValueError, FileNotFoundError), match=f"{tmp_path}.*{message}"):
         Tokenizer.from_pretrained(tmp_path)
+
+
+WORD = {"added_tokens": [added("<calc>", 300)]}
+BESIDE = [  # a SentencePiece model
+    ({"tokenizer_config.json": {"add_prefix_space": False}}, "this add_prefix_space is not"),
+    ({"tokenizer_config.json": {"bos_token": {"content": "</s>"}}}, "bos_token '</s>'"),
+    ({"tokenizer.json": {"model": {"vocab": {"<unk>": 0, "<s>": 2}}}}, "another vocabulary"),
+    ({"tokenizer.json": WORD | {"normalizer": {"type": "Prepend"}}}, "`legacy` false alone"),
+    ({"tokenizer.json": WORD, "tokenizer_config.json": {"legacy": True}}, "`legacy` false alone"),
+]
+
+
+@pytest.mark.parametrize("files, message", BESIDE)
+def test_files_that_contradict_a_sentencepiece_model(tokenizers, tmp_path, files, message):
+    shutil.copy(tokenizers["sentencepiece"][0] / "tokenizer.model", tmp_path)
+    Tokenizer.from_pretrained(tmp_path)
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+def test_no_export_of_a_tokenizer_that_changes_texts(tmp_path):
+    write_sentencepiece(tmp_path, normalization_rule_name="nmt_nfkc")
+    with pytest.raises(ValueError, match="no export"):
+        Tokenizer.from_pretrained(tmp_path).export(True)
 
 
 # -------------------------------------------------------------------------- examples and batches

@@ -561,6 +561,9 @@ def test_loading_knows_a_pointer_and_an_index_that_lists_a_tied_head(tmp_path):
     (tmp_path / "model.safetensors").write_text(LFS)
     with pytest.raises(ValueError, match="model.safetensors: a Git LFS pointer, not the file"):
         Transformer.from_pretrained(tmp_path)
+    (tmp_path / "adapter_config.json").touch()
+    with pytest.raises(ValueError, match="the adapter must be merged first"):
+        Transformer.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("name", NAMES)
