@@ -1,5 +1,6 @@
 """dart.py: layouts, losses, steps, answers and runs, against slow and obvious versions."""
 
+import dataclasses
 import json
 import math
 import os
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import FIXTURES
 from safetensors.torch import save_file
 
 import dart
@@ -331,7 +333,8 @@ def test_distill_loss_by_hand():
     sigma, loss = math.sqrt(20 / 3), dart.distill_loss
     l1 = ((0 + 1 + 0 + 3) / 4 / sigma + (0 + 0 + 0 + 8) / 4 / (2 * sigma)) / 2
     assert loss(teacher, student).item() == pytest.approx(l1, rel=1e-6)
-    assert loss(10 * teacher, 10 * student).item() == pytest.approx(l1, rel=1e-6)
+    for scale in (10, 1e-4):
+        assert loss(scale * teacher, scale * student).item() == pytest.approx(l1, rel=1e-6)
     assert loss(teacher, student, norm="l1-sum").item() == pytest.approx(2 * l1, rel=1e-6)
     smooth = ((0 + 0.5 + 0 + 2.5) / 4 / sigma + (0 + 0 + 0 + 7.5) / 4 / (2 * sigma)) / 2
     assert loss(teacher, student, norm="smooth-l1").item() == pytest.approx(smooth, rel=1e-6)
@@ -345,6 +348,8 @@ def test_sigma_is_that_of_all_micro_batches_together():
     for sizes in ([10], [3, 1, 6]):
         found = dart.global_std(list(x.requires_grad_().split(sizes, dim=1)))
         torch.testing.assert_close(found, torch.stack([layer.std() for layer in x.detach()]))
+    x = x.bfloat16()
+    assert torch.equal(dart.global_std([x]), dart.global_std([x.float()]))  # in fp32
 
 
 def test_distill_loss_of_one_row_or_of_constant_states_is_finite():
@@ -381,6 +386,13 @@ def test_several_micro_batches_are_one(in_fp64, name, attached):
         assert_same_gradients(parts, whole)
         names = [key for key in method.pathways for _ in sizes]
         assert calls == [*((key, False) for key in names[:-1]), (names[-1], True)]
+
+
+def test_thoughts_go_with_activation_checkpointing():
+    method = make("codi")
+    want = step(method)[:2]
+    method.model.activation_checkpointing = True
+    torch.testing.assert_close(step(method)[:2], want)
 
 
 def test_dropout_acts_in_both_passes_by_the_seed_of_the_micro_batch():
@@ -452,6 +464,13 @@ def test_answer_keeps_order_and_mode_and_is_without_dropout(name):
     assert method.model.training
 
 
+def test_an_empty_question_is_refused_without_a_first_token_too():
+    tokenizer = data.Tokenizer.from_pretrained(FIXTURES / "tokenizer-gpt2")
+    assert len(dart.Pathway().prompt("a", tokenizer).ids) > 1
+    with pytest.raises(ValueError, match="question is empty"):
+        dart.Pathway().prompt("  ", tokenizer)
+
+
 def test_extract_answer_takes_what_follows_the_last_separator():
     cot = dart.Pathway(steps=True)
     assert cot.extract_answer("Answer:1 Answer: -2.5") == " -2.5"
@@ -476,6 +495,15 @@ def test_evaluate_scores_the_extracted_answer_of_every_problem(name, right):
 ADAPTER, CONFIG = "adapter.safetensors", "config.json"
 TRAIN = "--compare --data demo --steps 2 --batch_size 8 --eval_size 8 --device cpu --out"
 LORA = "--preset llama-3.2-1b --tokenizer demo --dtype fp32 --lora_rank 2 --rem_rank 2 --n_st 3"
+
+
+def test_build_keeps_trained_weights_in_fp32_and_counts_the_ids():
+    options = dart.Options(method="no-cot", lora_rank=0, dtype="bf16")
+    model = dart.build(options, TOKENIZER, config()).model
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert model.compute_dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="59 ids, the model 58 embeddings"):
+        dart.build(options, TOKENIZER, dataclasses.replace(config(), vocab_size=58))
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ import operator
 import os
 import re
 import shutil
+import signal
 import socketserver
 import sys
 import threading
@@ -46,6 +47,8 @@ RECORDS = [  # in the published formats, written for the purpose; below each wha
     Problem("A has 2, gets 3 ?", ["<<2+3=5>>", "<<5*2=10>>"], "10"),  # a copy of GSM8K-Aug
     {"question": "q", "cot": "", "answer": "10"},
     Problem("q", [], "10"),
+    {"question": "q", "steps": ["two"], "answer": "<<1+1=2>> #### 2"},
+    Problem("q", ["two"], "2"),
 ]
 GOOD = '{"question": "q", "answer": "1"}'
 
@@ -198,8 +201,9 @@ def test_load_checks_a_published_file(tmp_path, server, monkeypatch):
     assert len(load(git, 50)) == len(load("-", 50)) == 50
     with pytest.raises(ValueError, match="train.txt: the checksum is not"):
         load(32 * "0", 50)
-    with pytest.raises(ValueError, match="train.txt: 50 problems, expected 51"):
-        load(git, 51)
+    for count in (49, 51):
+        with pytest.raises(ValueError, match=f"train.txt: 50 problems, expected {count}"):
+            load(git, count)
 
 
 def test_datasets_have_the_sizes_of_table_7():
@@ -454,6 +458,19 @@ def test_tokenizer_configuration_names_the_ends(tmp_path):
     assert (tokenizer.bos_id, tokenizer.eos_id) == (None, 422)
 
 
+def test_added_tokens_may_begin_alike_and_the_first_reserved_one_is_exported(tmp_path):
+    raw = fixture_json("llama3")
+    raw["added_tokens"] += [
+        added(data.RESERVED[2], 423, True),
+        added("[a", 424),
+        added("[ab]", 425),
+    ]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    tokenizer = Tokenizer.from_pretrained(tmp_path)
+    assert plain_ids(tokenizer, "[ab][a") == [425, 424]
+    assert tokenizer.export(True)[1] == tokenizer.reserved[0] == 422
+
+
 VARIANTS = {  # what published tokenizer.json files have beside the fixture's
     "digits": {
         "pre_tokenizer": {
@@ -695,7 +712,7 @@ def test_epoch_batches_are_a_function_of_seed_and_epoch():
     batches = np.array(data.epoch_batches(lengths, 16, 3, 1))
     assert batches.shape == (62, 16) and len(np.unique(batches)) == batches.size  # nobody twice
     assert np.array_equal(batches, data.epoch_batches(lengths, 16, 3, 1))
-    for other in ((4, 1), (3, 2)):
+    for other in ((4, 1), (3, 2), (2, 2)):
         assert not np.array_equal(batches, data.epoch_batches(lengths, 16, *other))
 
 
@@ -771,7 +788,7 @@ def test_read_json_names_the_file(tmp_path, content):
         data.read_json(tmp_path / "a.json")
 
 
-def test_replacing_writes_the_whole_file_or_nothing(tmp_path):
+def test_replacing_writes_the_whole_file_or_nothing(tmp_path, monkeypatch):
     path = tmp_path / "file"
     data.write_text(path, "old")
     with pytest.raises(ZeroDivisionError), data.replacing(path) as temporary:
@@ -785,6 +802,10 @@ def test_replacing_writes_the_whole_file_or_nothing(tmp_path):
     (tmp_path / "other").touch()
     assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
     assert path.read_text() == "" and sorted(os.listdir(tmp_path)) == ["file", "other"]
+    synced = []
+    monkeypatch.setattr(data, "sync", lambda where: synced.append((where, path.read_text())))
+    data.write_text(path, "new")
+    assert synced == [(tmp_path / "file.tmp", ""), (tmp_path, "new")]
 
 
 class InductorError(RuntimeError):
@@ -801,8 +822,10 @@ def test_run_program_ends_in_one_line_that_no_terminal_obeys(capsys, error, code
     def main():
         raise error
 
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     with pytest.raises(SystemExit) as stop:
         data.run_program(main)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     said = capsys.readouterr().err
     assert stop.value.code == code and said.startswith("error: ") and said.count("\n") == 1
     assert said.rstrip("\n").isprintable() and (code != 2 or "nö" in said)

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import re
 import resource
@@ -37,7 +38,7 @@ QUESTION = "sam has 7 pens gets 5 packs of 4 ?"
 def a_run(tmp_path_factory):
     """A DART run of three steps on the built-in task."""
     out = tmp_path_factory.mktemp("runs") / "run"
-    small = "--steps 3 --batch_size 8 --eval_size 4 --log_every 1 --device cpu --compare"
+    small = "--seed 3 --steps 3 --batch_size 8 --eval_size 4 --log_every 1 --device cpu --compare"
     train.main([*small.split(), "--out", str(out)])
     return out
 
@@ -160,12 +161,30 @@ def test_evaluation_of_several_pathways_and_data_sets(a_run, tmp_path, capsys):
         assert (st["speedup"], cot["speedup"]) == (cot["ms"] / st["ms"], 1.0)
     method, _ = dart.load_run(run, best=True)
     for i, (name, pathway) in enumerate(names):
-        problems = data.load(name, "valid")[:3]
+        problems = data.load(name, "valid", 3)[:3]  # of the run's seed
         _, expected = evaluation.measure(evaluation.answerer(method, pathway), problems)
         about = {"data": name, "pathway": pathway}
         assert records[3 * i : 3 * i + 3] == [about | record for record in expected]
     with pytest.raises(ValueError, match="adapter.safetensors"):
         evaluation.main(argv.split()[:2])
+    evaluation.main([*argv.split()[:2], "--best", "--limit", "1", "--latency", "0"])
+    assert len((run / "eval.json").read_text().splitlines()) == 2  # the first one stays
+
+
+def test_a_problem_and_its_answer_may_fill_the_positions():
+    method = tiny()
+    longest = max(len(prompt_ids(method, name)) for name in method.pathways)
+    evaluation.check_room(method, 0, [Problem(QUESTION, [], "")], 81 - longest)
+    assert len(method.answer([QUESTION], "st", 81 - longest)) == 1
+    with pytest.raises(ValueError, match="takes 81 tokens, but the model has 80"):
+        evaluation.check_room(method, 0, [Problem(QUESTION, [], "")], 82 - longest)
+
+
+def test_ask_tells_milliseconds(monkeypatch):
+    method, clock = tiny(says=word_ids("? 7 <eos>")), itertools.count()
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))
+    (row,) = evaluation.ask(method, [evaluation.answerer(method, "st")], QUESTION)
+    assert row["ms"] == 1000.0
 
 
 def test_ask_answers_through_both_pathways(a_run, tmp_path, capsys):
@@ -345,6 +364,9 @@ def test_plots_draw_the_figures(a_run, tmp_path):
     evaluation.draw_figure2(accuracy, {"svamp": rows})
     left, right = (axes.lines[0].get_xydata().tolist() for axes in accuracy.axes)
     assert left == [[0, 0], [20, 50]] and right == [[0, 30], [20, 50]]
+    for axes in (bars.axes[0], accuracy.axes[0]):
+        ends = [segment[:, 1].tolist() for segment in axes.collections[0].get_segments()]
+        assert ends == [[0, 75], [0, 75]]
     evaluation.main(["--ckpt", str(a_run), str(a_run), "--plot", str(tmp_path / "p.png")])
     evaluation.main(["--ckpt", str(a_run), "--plot", str(tmp_path / "p.svg"), "--lens", QUESTION])
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
@@ -371,6 +393,7 @@ REFUSED = """
 --ckpt RUN --pathway no-cot              --pathway no-cot: there are cot, st
 --ckpt RUN --max_new_tokens 80           the model has 80 positions
 --ckpt RUN --lens zebra                  'zebra' is not in the vocabulary
+--ckpt RUN --data svamp --data_dir x     x/svamp/SVAMP.json: no such file
 """
 
 
@@ -379,7 +402,7 @@ def test_what_cannot_be_done_is_refused_and_nothing_written(a_run, line, tmp_pat
     words, message = line.replace("RUN", str(a_run)).split("  ", 1)
     monkeypatch.chdir(tmp_path)
     Path("there").write_text("precious")
-    with pytest.raises(ValueError, match=message.strip()):
+    with pytest.raises((ValueError, FileNotFoundError), match=message.strip()):
         evaluation.main(words.split())
     assert [path.read_text() for path in tmp_path.iterdir()] == ["precious"]
 

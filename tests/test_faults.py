@@ -211,7 +211,8 @@ def terminate_rank_1():
 
 
 def test_a_signal_to_one_process_stops_all_and_saves(run, tmp_path):
-    run(tmp_path / "run", fault=At("open", "log.jsonl", 5, terminate_rank_1), processes=2)
+    fault = At("open", "/proc/self/status", 4, terminate_rank_1)  # by `peak_memory`, in each step
+    run(tmp_path / "run", fault=fault, processes=2)
     assert saved_step(tmp_path / "run") == log(tmp_path / "run")[-1]["step"] == 5
 
 

@@ -80,6 +80,14 @@ def test_rope_of_llama_3_2_slows_the_slow_rotations():
     torch.testing.assert_close(found[[0, 16, 31]], want)
 
 
+def test_rope_of_late_positions_is_exact_beside_bf16():
+    model, seen = adapted("llama", dtype=torch.bfloat16), []
+    model.layers[0].register_forward_hook(lambda _, inputs, __: seen.append(inputs[1].rope[0]))
+    model(torch.tensor([300 * [5]]))
+    want = (torch.arange(300)[:, None] * model.frequencies).cos()
+    torch.testing.assert_close(seen[0][0, 0, :, : want.shape[1]], want)
+
+
 def write_config(directory, family, **changes):
     """A fixture's config.json with other values; ... stands for a field that is absent."""
     raw = json.loads((FIXTURES / family / "config.json").read_text()) | changes
@@ -127,16 +135,19 @@ def test_config_may_spell_rope_the_older_way(tmp_path, parameters):
 
 
 DEFAULTS = [
-    ("llama", dict(max_position_embeddings=..., rms_norm_eps=...), (2048, 1e-6)),
-    ("qwen2", dict(max_position_embeddings=..., rms_norm_eps=...), (32768, 1e-6)),
-    ("gpt2", dict(n_positions=..., layer_norm_epsilon=..., n_inner=...), (1024, 1e-5)),
+    ("llama", "num_key_value_heads tie_word_embeddings", (2048, 1e-6, 4, False, 1e4)),
+    ("qwen2", "rope_parameters", (32768, 1e-6, 1, True, 1e4)),
+    ("gpt2", "n_inner tie_word_embeddings", (1024, 1e-5, 4, True, 1e4)),
 ]
+ALWAYS = "max_position_embeddings rms_norm_eps n_positions layer_norm_epsilon "
 
 
 @pytest.mark.parametrize("family, missing, want", DEFAULTS)
 def test_config_without_some_fields_has_hugging_faces_defaults(tmp_path, family, missing, want):
-    config = ModelConfig.from_pretrained(write_config(tmp_path, family, **missing))
-    assert (config.max_position_embeddings, config.norm_eps) == want
+    missing = dict.fromkeys((ALWAYS + missing).split(), ...)
+    c = ModelConfig.from_pretrained(write_config(tmp_path, family, **missing))
+    found = c.max_position_embeddings, c.norm_eps, c.num_key_value_heads
+    assert (*found, c.tie_word_embeddings, c.rope_theta) == want
 
 
 def test_config_that_is_ambiguous_or_no_file_is_refused(tmp_path):
@@ -169,6 +180,8 @@ def test_models_have_the_published_sizes():
     assert count(meta("qwen2.5-1.5b")) == 1_543_714_304
     assert count(meta("gpt2")) == 124_439_808
     assert count(meta("smollm2-135m")) == 134_515_008
+    thetas = [config.rope_theta for config in MODELS.values() if config.model_type != "gpt2"]
+    assert thetas == [5e5, 5e5, 1e6, 1e5, 1e4]
 
 
 def test_methods_train_as_many_weights_as_the_paper_says():
@@ -526,6 +539,8 @@ def test_loading_takes_gpt2_without_its_prefix_and_ignores_its_masks(tmp_path):
     model = load(tmp_path, "gpt2", tensors | {"h.0.attn.bias": torch.ones(1, 1, 8, 8)})
     want = Transformer.from_pretrained(FIXTURES / "gpt2")
     assert torch.equal(logits_of(model), logits_of(want)) and model.base_digest == want.base_digest
+    old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}  # as Llama 2's have
+    load(tmp_path, "llama", tensors_of("llama") | old)
 
 
 def test_loading_makes_one_digest_of_shards_and_of_a_single_file(tmp_path):
@@ -577,6 +592,7 @@ def test_export_is_read_back_as_it_was(tmp_path, name, dtype):
     assert torch.equal(logits_of(again), logits_of(model)) and again.config == model.config
     stored = {key: t.dtype for key, t in load_file(tmp_path / "model.safetensors").items()}
     assert stored == dict.fromkeys(tensors_of(name), model.compute_dtype)
+    assert b'"__metadata__":{"format":"pt"}' in (tmp_path / "model.safetensors").read_bytes()
     raw, more = (json.loads(path.read_text()) for path in sorted(tmp_path.glob("*.json")))
     assert raw["torch_dtype"] == dtype and raw["eos_token_id"] == more["eos_token_id"] == 8
 

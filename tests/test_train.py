@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import math
+import shutil
 import weakref
 from pathlib import Path
 
@@ -60,12 +61,15 @@ FULL = dict(lora_rank=0, schedule="constant", weight_decay=0.01)
         # al. 2024), 1e-5 on 1 B models (Shen et al. 2025); iCoT: 5e-5 (GPT-2), 1e-5 (7 B).
         ("--preset gpt2 --method coconut", FULL | dict(lr=1e-4, cot_epochs=20.0)),
         ("--preset gpt2 --method icot", FULL | dict(lr=5e-5)),
-        ("--preset llama-3.2-1b --method coconut", FULL | dict(lr=1e-5, cot_epochs=5.0)),
+        ("--preset llama-3.2-1b --method coconut", FULL | dict(lr=1e-5, max_stage=3)),
+        ("--preset llama-3.2-1b --method coconut", dict(cot_epochs=5.0, epochs_per_stage=1.0)),
         ("--preset llama-3.2-1b --method icot", FULL | dict(lr=1e-5, remove_all_beyond=39)),
+        ("--preset llama-3.2-1b --method icot", dict(removal_smoothing=4.0, removal_per_epoch=8.0)),
         ("--preset llama-3.2-1b --suite table1", dict(lora_rank=128, schedule="cosine")),
         ("--preset smollm2-135m", dict(data="calls", lora_rank=32, rem_rank=32)),
         ("--preset smollm2-135m", dict(distill_weight=20.0, distill_norm="auto")),  # the paper's
         ("", dict(method="dart", lr=3e-3, steps=3000, lora_rank=0, compare=("no-cot", "pause"))),
+        ("", dict(weight_decay=1.0, beta2=0.98, batch_size=64, n_st=8, distill_weight=5.0)),
         ("--epochs 3", dict(epochs=3, steps=0)),
         ("--compare none", dict(compare=())),
         ("--method icot", dict(lr=2e-3, removal_per_epoch=0.3)),
@@ -140,6 +144,9 @@ def test_a_file_is_the_training_split_but_for_its_last_problems(tmp_path):
     assert (run.problems, run.valid) == (problems[:20], problems[20:])
     run = prepared(*words, "0")
     assert (run.problems, run.valid) == (problems, [])
+    shutil.copy(tmp_path / "own.jsonl", tmp_path / "train.jsonl")  # a directory without valid
+    chosen = options("--data", str(tmp_path), "--eval_size", "0")
+    assert train.split_problems(chosen) == (problems, [])
     words += ("10", "--steps", "1", "--device", "cpu", "--out", str(tmp_path / "run"), "--compare")
     train.main([*words])
     with pytest.raises(ValueError, match="--data is missing: .*own.jsonl is what the run was"):
@@ -156,6 +163,11 @@ def test_more_processes_than_gpus_are_refused_by_each(monkeypatch):
     for name, value in {"RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match="--nproc_per_node=2: only 1 GPUs are there"):
+        train.start_processes("auto")
+    for name, value in {"RANK": "9", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: {}[device])
+    with pytest.raises(KeyError, match="cuda:1"):  # on a second machine, too
         train.start_processes("auto")
 
 
@@ -187,10 +199,11 @@ def test_every_process_takes_its_share_of_the_same_batch():
     run, parts = prepared(*words), []
     indices = next(train.global_batches(run))
     whole = train.micro_batches(run, 3, indices)
+    tokens = run.progress.tokens
     for rank in range(2):
         run.rank, run.world = rank, 2
         parts += train.micro_batches(run, 3, indices)
-    assert len(whole) == len(parts) == 4
+    assert len(whole) == len(parts) == 4 and run.progress.tokens == 3 * tokens
     for ours, theirs in zip(parts, whole, strict=True):
         assert ours.seed == theirs.seed and ours.share == 2 * theirs.share == 0.5
         assert torch.equal(ours.batches["icot"].ids, theirs.batches["icot"].ids)
@@ -244,6 +257,7 @@ def test_global_batches_go_on_where_a_run_stopped():
     run = prepared("--steps", "500")
     batches = [batch.tolist() for batch in train.global_batches(run)]
     assert len(batches) == 500 and run.steps_per_epoch == 227
+    assert train.prepare(options("--epochs", "3"), "meta").steps == 3 * 227
     assert sorted(sum(batches[:227], [])) != sorted(sum(batches[227:454], []))  # the rest differs
     assert len(set(sum(batches[:227], []))) == 227 * 8
     for step in (1, 227, 300):
@@ -299,8 +313,29 @@ def test_the_optimizer_starts_anew_at_each_stage(tmp_path):
     assert stages == [0, 0, 0, 1, 1, 2, 2, dart.FINAL_STAGE]
     progress = dart.load_weights(out / "checkpoint.safetensors")[1]["progress"]
     assert progress["step"] == 8 and weights(out, "checkpoint")["optimizer.0.step"] == 1
+    with pytest.raises(ValueError, match="schedule takes more than 7 steps"):
+        prepared(*words, "--steps", "7")
     with pytest.raises(ValueError, match="but the model has 80 positions"):  # in the last stage
         prepared(*words, "--latents_per_step", "30", "--eval_size", "0")
+
+
+def test_a_validation_counts_numbers_and_takes_no_time(tmp_path, monkeypatch):
+    """Also at the end of a short run."""
+
+    def evaluate(model, tokenizer, pathway, problems, *_, **more):
+        clock[0] += 1000
+        return len(problems) * [dict(exact=False, numeric=True)]
+
+    def now():
+        clock[0] += 1
+        return clock[0]
+
+    clock = [0.0]
+    monkeypatch.setattr(train.time, "perf_counter", now)
+    monkeypatch.setattr(dart, "evaluate", evaluate)
+    out = main(tmp_path / "run", "--steps", "5", "--eval_every", "2", "--method", "no-cot")
+    result = train.read_json(out / "result.json")
+    assert result["valid"] == {"no-cot": 1.0} and result["seconds"] < 1000 < 3000 < clock[0]
 
 
 def test_best_weights_are_those_of_the_best_validation(tmp_path):
@@ -364,7 +399,7 @@ def test_a_resumed_run_is_the_same_to_the_last_bit(tmp_path, monkeypatch, words)
 def test_options_that_a_method_does_not_read_may_differ(tmp_path):
     words = ["--method", "no-cot", "--steps", "2", "--resume"]
     out = main(tmp_path / "run", *words)
-    main(out, *words, "--n_latents", "9", "--distill_weight", "3", "--rem_rank", "7")
+    main(out, *words, "--n_latents", "9", "--distill_weight", "3", "--micro_batch_size", "4")
     with pytest.raises(ValueError, match="of another run: lr 0.003"):
         main(out, *words, "--lr", "0.1")
 
@@ -385,7 +420,9 @@ def test_a_comparison_ends_in_a_table(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("method", ["dart", "coconut"])
-def test_a_dry_run_says_what_the_run_takes_and_leaves_nothing(tmp_path, method, capsys):
+def test_a_dry_run_says_what_the_run_takes_and_leaves_nothing(
+    tmp_path, method, capsys, monkeypatch
+):
     words = ["--method", method, "--steps", "6", "--epochs_per_stage", "0.004"]
     words += ["--micro_batch_size", "4"]
     out = main(tmp_path / "run", *words, "--dry_run")
@@ -398,6 +435,10 @@ def test_a_dry_run_says_what_the_run_takes_and_leaves_nothing(tmp_path, method, 
     for name in ("trained_parameters", "steps", "tokens"):
         assert plan[name] == result[name]
     assert plan["all_flops"] == pytest.approx(sum(result["flops"].values()))
+    monkeypatch.setattr(train, "SAMPLED", 3)  # of six steps
+    part = train.planned(prepared(*words))
+    for name in ("tokens", "all_flops"):
+        assert part[name] == pytest.approx(plan[name], rel=0.2)
 
 
 class Memory(TorchDispatchMode):
@@ -517,6 +558,8 @@ def test_rows_of_a_suite_differ_as_they_should(suite, rows):
         words = train.SUITES[suite][row].split()
         alone = train.read_options([*words, f"--out={one.out}", "--resume"])
         assert one == dataclasses.replace(alone, compare=())
+        elsewhere = {"w/ L_distill on y_1": "y_1", "w/ L_distill on [z_N; Y]": "z_N+Y"}
+        assert one.distill_at == elsewhere.get(row, "z_N")
 
 
 def test_seeds_of_a_suite_are_counted_up_from_the_one_given():
@@ -565,3 +608,7 @@ def test_the_papers_figures_stand_beside_its_rows():
     assert len(train.PAPER) == 7 * 4 + 8 + 3 * 2 + 2 * 3
     assert train.PAPER["table1", "llama-3.2-1b:svamp", "DART"] == "50.5/35"
     assert train.PAPER["table5", "gpt2:gsm8k-aug", "No-CoT"] == "16.2/18"
+    figures = [[float(x) for x in cell.split("/")] for cell in train.PAPER.values()]
+    percent, ms = 1238.9 + 287.8 + 501.2 + 203.8, 3837 + 2680 + 351  # Tables 1, 3, 4, 5; 1, 4, 5
+    assert sum(cell[0] for cell in figures) == pytest.approx(percent)
+    assert sum(sum(cell[1:]) for cell in figures) == ms
