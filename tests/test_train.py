@@ -192,7 +192,7 @@ def test_empty_cots_are_counted_and_nothing_but_them_is_refused(tmp_path, capsys
     train.main([*words, str(tmp_path / "no-cot"), "--method", "no-cot"])
 
 
-def test_every_process_takes_its_share_of_the_same_batch():
+def test_every_process_takes_its_share_of_the_same_batch(monkeypatch):
     """Batches, stages' random numbers and dropout's seeds are those of one process."""
     words = ("--method", "icot", "--removal_per_epoch", "99", "--remove_all_beyond", "3")
     words += ("--micro_batch_size", "2")
@@ -204,6 +204,9 @@ def test_every_process_takes_its_share_of_the_same_batch():
         run.rank, run.world = rank, 2
         parts += train.micro_batches(run, 3, indices)
     assert len(whole) == len(parts) == 4 and run.progress.tokens == 3 * tokens
+    monkeypatch.setattr(train, "rank_and_world", lambda: (0, 3))
+    with pytest.raises(ValueError, match="--batch_size 8: .*, 3 processes"):
+        prepared()
     for ours, theirs in zip(parts, whole, strict=True):
         assert ours.seed == theirs.seed and ours.share == 2 * theirs.share == 0.5
         assert torch.equal(ours.batches["icot"].ids, theirs.batches["icot"].ids)
