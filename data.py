@@ -810,9 +810,9 @@ def byte_ranks(vocab, merges):
     """{bytes: id} of tokens that spell bytes as printable characters.
 
     tiktoken merges the two neighbours whose union has the lowest id; Hugging Face goes through the
-    merges in their order. That is the same for vocabularies made by one run of merging, as the
-    published ones: the ids of the unions never fall, and every token is a byte or a union.
-    ValueError otherwise; merges of another run behind them are not noticed."""
+    merges in their order. That is the same for vocabularies made by merging, as the published ones:
+    the ids of the unions never fall, every token is a byte or a union, and what tiktoken makes of a
+    union's bytes ends with a merge that is listed. ValueError otherwise."""
     byte_of, last, made = byte_spelling(), -1, set()
     for pair in merges:
         union = "".join(pair)
@@ -823,6 +823,15 @@ def byte_ranks(vocab, merges):
     for token in vocab:
         if not set(token) <= byte_of.keys() or (len(token) > 1 and token not in made):
             raise ValueError(f"the token {token!r} is not spelled in bytes, or made by no merge")
+    listed = set(merges)
+    for token in map("".join, merges[-4096:]):  # where merges are added to another's, they are here
+        parts = list(token)
+        while len(parts) > 2:
+            ids = [vocab.get(a + b, math.inf) for a, b in itertools.pairwise(parts)]
+            i = ids.index(min(ids))
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        if tuple(parts) not in listed:
+            raise ValueError(f"the merges do not make the token {token!r} in the order of ids")
     return {bytes(map(byte_of.get, token)): i for token, i in vocab.items()}
 
 

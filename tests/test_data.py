@@ -602,6 +602,7 @@ REFUSED = [  # what is changed in a tokenizer.json, by its path
     ("pre_tokenizer.pretokenizers.0.pattern", {"Regex": r"\w+"}, "pre_tokenizer"),
     ("pre_tokenizer.pretokenizers.1.add_prefix_space", True, "pre_tokenizer"),
     ("model.merges.3", ["q", "zzz"], "the merge 'q zzz'"),
+    ("model.merges.150", ["Ġ", "ĠĠ"], "do not make the token 'ĠĠĠ'"),  # a second run's
     ("model.merges", [], "made by no merge"),
     ("model.merges.0", ["æĹ", "¥æľ¬è"], "not in the order"),
     ("model.vocab.a", 5, "ids of the 423 tokens are not 0 to 422"),
