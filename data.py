@@ -167,7 +167,8 @@ def from_record(record):
         return as_text(name, record[name])
 
     if "sQuestion" in record:
-        return text("sQuestion"), [], as_text("lSolutions", record["lSolutions"][0])
+        (solution,) = record["lSolutions"]
+        return text("sQuestion"), [], as_text("lSolutions", solution)
     if "Body" in record:
         body = text("Body").strip().removesuffix(".")
         return f"{body}. {text('Question')}", [], text("Answer")
@@ -1083,6 +1084,15 @@ def write_text(path, text):
 
 def write_json(path, value):
     write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def append_line(path, record):
+    """Adds a line of JSON to a file. OSError, and no part of a line, where that cannot be done."""
+    with open(path, "ab", buffering=0) as file:
+        size, line = file.tell(), json.dumps(record).encode() + b"\n"
+        if file.write(line) < len(line):
+            file.truncate(size)
+            raise OSError(f"{path}: no room for a line")
 
 
 def printable(text):

@@ -39,9 +39,9 @@ import numpy as np
 import torch
 
 import dart
-from data import Problem, Tokenizer, end, is_single_file, load, normalise, option, parse_json
-from data import parse_options, printable, read_json, replacing, run_program, show, show_live
-from data import token_text, write_bytes, write_json, write_text
+from data import Problem, Tokenizer, append_line, end, is_single_file, load, normalise, option
+from data import parse_json, parse_options, printable, read_json, replacing, run_program, show
+from data import show_live, token_text, write_bytes, write_json, write_text
 from model import Transformer, export_hf
 
 
@@ -162,7 +162,7 @@ def pick_device(name):
 
 def check_room(method, longest, problems, max_new_tokens):
     """ValueError where a row of `longest` tokens, or a problem and its answer, does not fit into
-    the model's positions."""
+    the model's positions, or a question has no ids."""
     room = method.model.config.max_position_embeddings
     for pathway in method.pathways.values():
         for problem in problems:
@@ -261,7 +261,7 @@ def ask_all(method, options):
         return ask(method, answerers, options.ask), 0
     for line in sys.stdin.buffer:
         try:
-            text = line.decode(errors="surrogateescape").strip()
+            text = line.decode("utf-8-sig", errors="surrogateescape").strip()
             rows += ask(method, answerers, question_of(text)) if text else []
         except ValueError as error:
             print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
@@ -696,8 +696,9 @@ def asked_for(options):
     files = [options.json, options.examples, options.plot, options.export]
     files = [Path(file).resolve() for file in files if file]
     for file in files:
-        if file.exists() or not file.parent.is_dir() or files.count(file) > 1:
-            raise ValueError(f"{file}: exists already, has no directory, or is named twice")
+        there = file.parent.is_dir() and os.access(file.parent, os.W_OK)
+        if file.exists() or not there or files.count(file) > 1:
+            raise ValueError(f"{file}: exists already, cannot be written, or is named twice")
     return mode
 
 
@@ -705,8 +706,7 @@ def remember(options, figures):
     """Adds a line to eval.json of the run: when it was, what was asked for, and the figures."""
     line = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "options": dataclasses.asdict(options)}
     try:
-        with open(Path(options.ckpt[0]) / "eval.json", "a") as file:
-            file.write(json.dumps(line | {"figures": figures}) + "\n")
+        append_line(Path(options.ckpt[0]) / "eval.json", line | {"figures": figures})
     except OSError as error:
         show(f"not in the run's eval.json: {error}")
 

@@ -359,8 +359,9 @@ def claim_directory(run):
     about = {"options": dataclasses.asdict(options), "run": run.fingerprint}
     about |= {"model_config": dataclasses.asdict(run.model.config)}
     about |= {"versions": versions, "commit": commit, "processes": run.world}
-    (out / "result.json").unlink(missing_ok=True)  # else --resume would take the run for ended
-    write_json(out / "config.json", about)
+    with data.replacing(out / "config.json") as temporary:
+        temporary.write_text(json.dumps(about, indent=1) + "\n")
+        (out / "result.json").unlink(missing_ok=True)  # else --resume would take the run for ended
     for name in RUN_FILES:
         (out / name).unlink(missing_ok=True)
     run.method.tokenizer.save(out)
@@ -638,7 +639,7 @@ def train(run):
         began = time.perf_counter() - progress.seconds  # the rest was no training
     result = {"method": options.method, "steps": run.steps, **dataclasses.asdict(progress)}
     result["trained_parameters"] = sum(p.numel() for p in parameters)
-    result["peak_memory"] = peak_memory(run.model.device)
+    result |= {"peak_memory": peak_memory(run.model.device), "run": run.fingerprint}
     save(run, write_json, run.out / "result.json", result)
 
 
@@ -710,8 +711,7 @@ def log(run, record, text):
     if run.rank:
         return
     try:
-        with open(run.out / "log.jsonl", "a") as file:
-            file.write(json.dumps({"step": run.progress.step} | record) + "\n")
+        data.append_line(run.out / "log.jsonl", {"step": run.progress.step} | record)
     except OSError as error:
         text = f"not in the log: {error}"
     show(run, text)
@@ -800,8 +800,10 @@ def checked_run(options, device):
 
 def train_one(options, device):
     """Trains a run to its end, unless --resume finds it done."""
-    if options.resume and (Path(options.out) / "result.json").is_file():
-        return checked_run(options, "meta")
+    result = Path(options.out) / "result.json"
+    if options.resume and result.is_file():
+        run = checked_run(options, "meta")
+        return dart.check_same_run(result, read_json(result).get("run", {}), run.fingerprint)
     run = checked_run(options, device)
     if options.resume:
         load_checkpoint(run)
@@ -841,6 +843,7 @@ def measured(options, names, device):
     if missing := [name for name in names if digests[name] not in kept]:
         method, _ = dart.load_run(options.out, options.model, device)
         result = read_json(path.with_name("result.json"))
+        result.pop("run", None)
         train = split_problems(options)[0][:TRAIN_SAMPLE]
         for pathway in reversed(method.pathways):
             answerer = evaluation.answerer(method, pathway)
@@ -857,6 +860,9 @@ def make_tables(options, rows, device):
     """{data set: rows of figures}: each row's means over its seeds, through each pathway, with the
     paper's figures beside those of a suite. Times are those of the first seed."""
     tables, names, answerers = {}, options.test_data or (options.data,), []
+    for runs in zip(*rows.values(), strict=True):  # of one seed
+        if len({read_json(Path(run.out) / "config.json")["run"]["data"] for run in runs}) > 1:
+            raise ValueError(f"--data {options.data}: has changed since the first run read it")
     for first, *_ in rows.values():  # on the CPU: all of a table might not fit into a GPU
         method, _ = dart.load_run(first.out, first.model)
         answerers += [evaluation.answerer(method, name) for name in reversed(method.pathways)]
@@ -878,7 +884,8 @@ def write_tables(options, tables, device):
     """Prints tables of figures, and leaves them in table.md and table.json of --out."""
     out, texts = Path(options.out), []
     for name, rows in tables.items():
-        texts.append(f"{options.suite or 'comparison'}, {options.preset} on {name}\n")
+        place = data.printable(name)
+        texts.append(f"{options.suite or 'comparison'}, {options.preset} on {place}\n")
         columns = evaluation.COLUMNS
         columns = {key: columns[key] for key in (columns if options.suite else COMPARED)}
         texts.append(f"{evaluation.table(rows, columns)}\n\n{evaluation.timing(device)}\n")
@@ -910,10 +917,15 @@ def run_command(options, held):
     if len(runs) > 1:
         if data.is_single_file(options.data) and not options.test_data:
             raise ValueError(f"--test_data is missing: {options.data} is what is trained on")
-        for name in options.test_data or (options.data,):
-            data.load(name, "test", options.seed, options.data_dir)
+        names = options.test_data or (options.data,)
+        tests = {name: data.load(name, "test", options.seed, options.data_dir) for name in names}
         for run in runs if not options.dry_run else ():
-            checked_run(run, "meta")
+            method = checked_run(run, "meta").method
+            for name, problems in tests.items():
+                try:
+                    evaluation.check_room(method, 0, problems, run.max_new_tokens)
+                except ValueError as error:
+                    raise ValueError(f"{name}, test: {error}") from None
     elif options.test_data and not IS_CHILD:
         raise ValueError("--test_data goes with --compare and --suite alone")
     check_directory(runs[-1])
@@ -921,6 +933,12 @@ def run_command(options, held):
     if writes and not IS_CHILD:
         for out in {options.out, *(run.out for run in runs)}:
             held.callback(os.close, lock(Path(out)))
+    if options.overwrite and len(runs) > 1:  # now, or a later --resume would meet old runs
+        for out in [Path(run.out) for run in runs] * writes:
+            for name in (*RUN_FILES, "config.json"):  # a run until the last one is gone
+                (out / name).unlink(missing_ok=True)
+        if dist.is_initialized():
+            dist.barrier()
 
     jobs = min(len(runs), options.jobs or torch.get_num_threads())
     if options.dry_run:

@@ -10,6 +10,7 @@ import json
 import operator
 import os
 import re
+import resource
 import shutil
 import signal
 import socketserver
@@ -116,6 +117,7 @@ def test_load_reads_own_data_from_a_directory_or_a_file(tmp_path, file):
             ":1: question: empty, or half a character",
         ),
         ("a.jsonl", '{"sQuestion": "q", "lSolutions": [null]}', ":1: lSolutions is None"),
+        ("a.jsonl", '{"sQuestion": "q", "lSolutions": "18"}', ":1: too many values"),
     ],
 )
 def test_load_names_file_line_and_field_of_what_is_malformed(tmp_path, file, text, message):
@@ -811,6 +813,20 @@ def test_replacing_writes_the_whole_file_or_nothing(tmp_path, monkeypatch):
 
 class InductorError(RuntimeError):
     __module__ = "torch._inductor.exc"
+
+
+def test_append_line_writes_a_whole_line_or_nothing(tmp_path):
+    path = tmp_path / "log"
+    data.append_line(path, {"step": 1})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, limits[1]))
+    try:
+        with pytest.raises(OSError, match="log"):
+            data.append_line(path, {"step": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    data.append_line(path, {"step": 3})
+    assert path.read_text() == '{"step": 1}\n{"step": 3}\n'
 
 
 OOM = RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")

@@ -191,7 +191,7 @@ def test_ask_answers_through_both_pathways(a_run, tmp_path, capsys):
     """Of standard input, questions that cannot be asked are named and counted."""
     evaluation.main(["--ckpt", str(a_run), "--ask", f"  {QUESTION} "])
     assert capsys.readouterr().out.startswith(f"{QUESTION}\n\n| answers through ")
-    content = f"{QUESTION}\r\n\n  \nzebra \x1b[2J?\n\xff\n{{}}\n"
+    content = f"\xef\xbb\xbf{QUESTION}\r\n\n  \nzebra \x1b[2J?\n\xff\n{{}}\n"
     content = (content + '{"question": "ann has\\n3 eggs ?"}').encode("latin-1")
     argv = [sys.executable, evaluation.__file__, "--ckpt", str(a_run), "--ask", "--json", "a.json"]
     done = subprocess.run(argv, input=content, capture_output=True, cwd=tmp_path)
@@ -389,7 +389,7 @@ REFUSED = """
 --ckpt RUN --examples there              there: exists already
 --ckpt RUN --plot there                  there: exists already
 --ckpt RUN --export there                there: exists already
---ckpt RUN --json no/directory           directory: exists already, has no directory
+--ckpt RUN --json no/directory           directory: exists already, cannot be written
 --ckpt RUN --pathway no-cot              --pathway no-cot: there are cot, st
 --ckpt RUN --max_new_tokens 80           the model has 80 positions
 --ckpt RUN --lens zebra                  'zebra' is not in the vocabulary

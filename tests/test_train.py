@@ -1,10 +1,12 @@
 """train.py: options, schedule, order and random numbers, steps, resumption, tables."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
 import shutil
+import signal
 import weakref
 from pathlib import Path
 
@@ -403,6 +405,10 @@ def test_options_that_a_method_does_not_read_may_differ(tmp_path):
     words = ["--method", "no-cot", "--steps", "2", "--resume"]
     out = main(tmp_path / "run", *words)
     main(out, *words, "--n_latents", "9", "--distill_weight", "3", "--micro_batch_size", "4")
+    result = (out / "result.json").read_text()
+    (out / "result.json").write_text(result.replace('"lr": 0.003', '"lr": 0.004'))
+    with pytest.raises(ValueError, match="result.json: of another run: lr 0.004"):
+        main(out, *words)
     with pytest.raises(ValueError, match="of another run: lr 0.003"):
         main(out, *words, "--lr", "0.1")
 
@@ -502,7 +508,21 @@ def test_a_missing_test_split_is_missed_before_the_training(tmp_path):
     words = ["--data", str(tmp_path), "--compare", "no-cot", "--steps", "2"]
     with pytest.raises(FileNotFoundError, match="test.jsonl: no such file"):
         train.main([*SMALL, *words, "--out", str(tmp_path / "out")])
+    (tmp_path / "test.jsonl").write_text('{"question": "zebra", "answer": "1"}')
+    with pytest.raises(ValueError, match=", test: 'zebra' is not in the vocabulary"):
+        train.main([*SMALL, *words, "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+def test_a_comparison_that_is_replaced_can_be_resumed(tmp_path, monkeypatch):
+    words = ["--compare", "no-cot", "--jobs", "1", "--out", str(tmp_path), "--steps"]
+    train.main([*SMALL, *words, "1"])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "train", lambda run: signal.raise_signal(signal.SIGINT) or 1 / 0)
+        patch.setattr(train, "noting_signals", contextlib.nullcontext)
+        train.main([*SMALL, *words, "2", "--overwrite"])
+    train.main([*SMALL, *words, "2", "--resume"])
+    assert train.read_json(tmp_path / "result.json")["steps"] == 2
 
 
 def test_a_run_beside_others_that_is_killed_is_named(tmp_path, monkeypatch, capsys):
@@ -581,6 +601,7 @@ def test_tables_hold_means_over_seeds_and_the_papers_figures(tmp_path, monkeypat
     for i, one in enumerate(runs):
         Path(one.out).mkdir(parents=True)
         train.write_json(Path(one.out) / "result.json", {"seconds": i, "flops": {"st": 1.0}})
+        train.write_json(Path(one.out) / "config.json", {"run": {"data": i}})
 
     def measure(answerer, problems):
         (seed, pathway), (split,) = answerer, set(problem.question for problem in problems)
@@ -602,6 +623,8 @@ def test_tables_hold_means_over_seeds_and_the_papers_figures(tmp_path, monkeypat
         assert row["exact"] == pytest.approx(exact[f"{pathway} test"] + 0.05)
         assert row["train"] == pytest.approx(exact[f"{pathway} train"] + 0.05)
         assert (row["n"], row["seconds"], row["ms"]) == (1800, 0.5, (0, pathway))
+    with pytest.raises(ValueError, match="--data gsm8k-aug: has changed"):
+        train.make_tables(chosen, {"DART": runs, "No-CoT": runs[::-1]}, "cpu")
 
 
 def test_the_papers_figures_stand_beside_its_rows():
