@@ -211,6 +211,7 @@ def test_stages_of_icot_and_coconut_come_at_regular_intervals():
     stages = [make("icot").stage(i, 100) for i in (0, 11, 12, 23, 24, 467, 468, 469)]
     assert stages == [0, 0, 1, 1, 2, 38, END, END]
     assert make("icot", remove_all_beyond=2).stage(3, 1) == END  # one a step, at the fastest
+    assert [make("icot").stage(i, 110) for i in (13, 14)] == [0, 1]  # 13.75 steps
     method = make("coconut", max_stage=3, epochs_per_stage=2.0)
     stages = [method.stage(i, 10) for i in (0, 19, 20, 39, 40, 79, 80)]
     assert stages == [0, 0, 1, 1, 2, 3, END] and make().stage(5, 10) is None
@@ -502,6 +503,8 @@ def test_build_keeps_trained_weights_in_fp32_and_counts_the_ids():
     model = dart.build(options, TOKENIZER, config()).model
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert model.compute_dtype == torch.bfloat16
+    assert options.whole and not dart.Options(lora_rank=2).whole
+    assert dart.Options(lora_rank=2, random_init=True).whole
     with pytest.raises(ValueError, match="59 ids, the model 58 embeddings"):
         dart.build(options, TOKENIZER, dataclasses.replace(config(), vocab_size=58))
 
@@ -531,6 +534,10 @@ def test_load_run_gives_the_weights_that_were_saved(kind, runs, tmp_path):
         assert all(torch.equal(state[name], tensor) for name, tensor in want.items())
 
 
+def replace_bytes(path, old, new):
+    path.write_bytes(path.read_bytes().replace(old, new))
+
+
 def changed(change=lambda content: None, **run):
     """Other content, in a file that is whole."""
 
@@ -552,6 +559,7 @@ def changed(change=lambda content: None, **run):
     [
         (ADAPTER, lambda path: os.truncate(path, 10_000), "damaged"),
         (ADAPTER, lambda path: path.write_bytes(path.read_bytes()[:-1] + b"!"), "checksum"),
+        (ADAPTER, lambda path: replace_bytes(path, b'step\\": 2', b'step\\": 1'), "checksum"),
         (ADAPTER, os.remove, "no such file"),
         (ADAPTER, lambda path: save_file({"w": torch.ones(3)}, path), "not the weights of a run"),
         (ADAPTER, lambda path: os.replace(path.with_stem("checkpoint"), path), "other tensors"),

@@ -167,8 +167,10 @@ def test_evaluation_of_several_pathways_and_data_sets(a_run, tmp_path, capsys):
         assert records[3 * i : 3 * i + 3] == [about | record for record in expected]
     with pytest.raises(ValueError, match="adapter.safetensors"):
         evaluation.main(argv.split()[:2])
-    evaluation.main([*argv.split()[:2], "--best", "--limit", "1", "--latency", "0"])
-    assert len((run / "eval.json").read_text().splitlines()) == 2  # the first one stays
+    short = "--best --limit 1 --latency 0 --max_new_tokens 1"
+    evaluation.main([*argv.split()[:2], *short.split()])
+    first, second = map(json.loads, (run / "eval.json").read_text().splitlines())
+    assert (first["figures"], second["figures"][0]["passes"]) == (rows, 1)
 
 
 def test_a_problem_and_its_answer_may_fill_the_positions():
@@ -191,6 +193,10 @@ def test_ask_answers_through_both_pathways(a_run, tmp_path, capsys):
     """Of standard input, questions that cannot be asked are named and counted."""
     evaluation.main(["--ckpt", str(a_run), "--ask", f"  {QUESTION} "])
     assert capsys.readouterr().out.startswith(f"{QUESTION}\n\n| answers through ")
+    argv = ["--ckpt", str(a_run), "--ask", QUESTION, "--max_new_tokens", "1"]
+    evaluation.main([*argv, "--json", str(tmp_path / "one.json")])
+    rows = json.loads((tmp_path / "one.json").read_text())
+    assert [row["passes"] for row in rows] == [1, 1]
     content = f"\xef\xbb\xbf{QUESTION}\r\n\n  \nzebra \x1b[2J?\n\xff\n{{}}\n"
     content = (content + '{"question": "ann has\\n3 eggs ?"}').encode("latin-1")
     argv = [sys.executable, evaluation.__file__, "--ckpt", str(a_run), "--ask", "--json", "a.json"]
@@ -270,6 +276,7 @@ def test_lens_sets_the_silent_z_n_beside_that_of_written_steps():
 
 
 def test_lens_hit_rate_against_loops(monkeypatch):
+    assert evaluation.results_of(Problem("q", ["<<3/2=1.5>>", "s"], "4"))[0] == {"1.5"}
     monkeypatch.setattr(evaluation, "CONTROLS", 3)
     method, problems, k = tiny(), data.load("demo", "valid")[:11], 5
     problems.append(Problem("sam has 7 pens ?", ["<<9+8=17>>", "<<17%9=11>>"], "4"))
@@ -361,7 +368,8 @@ def test_plots_draw_the_figures(a_run, tmp_path):
     evaluation.draw_table(bars, {"svamp": rows})
     assert [bar.get_height() for bar in bars.axes[0].patches] == [0, 50]
     assert bars.axes[0].lines[-1].get_ydata().tolist() == [40.5, 40.5]
-    evaluation.draw_figure2(accuracy, {"svamp": rows})
+    both = [one for row in rows for one in (row, row | {"pathway": "cot", "exact": 0.7})]
+    evaluation.draw_figure2(accuracy, {"svamp": both})
     left, right = (axes.lines[0].get_xydata().tolist() for axes in accuracy.axes)
     assert left == [[0, 0], [20, 50]] and right == [[0, 30], [20, 50]]
     for axes in (bars.axes[0], accuracy.axes[0]):

@@ -473,6 +473,7 @@ def test_what_is_in_the_way_of_a_file_is_found_before_anything_is_deleted(run, c
 def test_overwriting_replaces_the_run_and_nothing_else(run, copy, whole):
     (copy / "notes.txt").write_text("mine")
     (copy / "log.jsonl").write_text('{"step": 0}\n')
+    (copy / "test.json").write_text("{}")
     assert run(copy, *LORA, "--overwrite").code == 0
     assert (copy / "notes.txt").read_text() == "mine"
     (copy / "notes.txt").unlink()

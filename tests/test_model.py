@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dart
 from model import MODELS, Adapters, KVCache, ModelConfig, Transformer, export_hf, rope_frequencies
+from model import tensor_digest
 
 FAMILIES = ("llama", "qwen2", "gpt2")
 NAMES = (*FAMILIES, "llama-shards", "qwen2-untied", "gpt2-untied")
@@ -182,6 +183,7 @@ def test_models_have_the_published_sizes():
     assert count(meta("smollm2-135m")) == 134_515_008
     thetas = [config.rope_theta for config in MODELS.values() if config.model_type != "gpt2"]
     assert thetas == [5e5, 5e5, 1e6, 1e5, 1e4]
+    assert [c.norm_eps for c in MODELS.values()] == [1e-5, 1e-5, 1e-6, 1e-5, 1e-5, 1e-5]
 
 
 def test_methods_train_as_many_weights_as_the_paper_says():
@@ -192,6 +194,8 @@ def test_methods_train_as_many_weights_as_the_paper_says():
         models[method] = meta("llama-3.2-1b", adapters, tie_word_embeddings=False)
     trained = {method: count(model, trained=True) for method, model in models.items()}
     assert trained == {"cot": 27_262_976, "dart": 44_040_192, "codi": 98_574_336}
+    layers = [type(layer).__name__ for layer in models["codi"].projector]
+    assert layers == ["Linear", "GELU", "Linear", "LayerNorm"]
     shares = [f"{trained[method] / count(models[method]):.2%}" for method in ("cot", "dart")]
     assert shares == ["1.79%", "2.86%"]
 
@@ -235,6 +239,9 @@ def test_training_flops_are_those_that_torch_counts(family, silent, lora_rank):
     q, k = n * n + 3 * n, 2 * n if silent else n * n_kv + 3 * n
     saved = 2 * 50 * (q + 2 * k) if lora_rank else 0
     assert model.training_flops([25, 25], 6, silent) - pairs - saved == counted
+    second = Transformer.from_pretrained(FIXTURES / family, Adapters(rem_rank=2, rem_is_lora=True))
+    plain = Transformer.from_pretrained(FIXTURES / family)
+    assert second.training_flops([25, 25], 6) == plain.training_flops([25, 25], 6)
 
 
 # ------------------------------------------------------------------------------- LoRA, REM, merging
@@ -550,6 +557,8 @@ def test_loading_makes_one_digest_of_shards_and_of_a_single_file(tmp_path):
     flipped = tensors_of("llama-shards")
     flipped["model.layers.2.mlp.up_proj.weight"].view(torch.int32)[3, 4] ^= 1
     assert load(tmp_path, "llama-shards", flipped).base_digest != one
+    x = torch.zeros(2, 3).half()
+    assert len({tensor_digest(x), tensor_digest(x.T), tensor_digest(x.bfloat16())}) == 3
 
 
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors", "model-00002"])

@@ -72,6 +72,9 @@ FULL = dict(lora_rank=0, schedule="constant", weight_decay=0.01)
         ("--preset smollm2-135m", dict(distill_weight=20.0, distill_norm="auto")),  # the paper's
         ("", dict(method="dart", lr=3e-3, steps=3000, lora_rank=0, compare=("no-cot", "pause"))),
         ("", dict(weight_decay=1.0, beta2=0.98, batch_size=64, n_st=8, distill_weight=5.0)),
+        ("--method codi", dict(distill_weight=20.0)),
+        ("--preset gpt2 --method coconut", dict(epochs_per_stage=3.0, max_new_tokens=256)),
+        ("--preset smollm2-135m", dict(lr=1e-3, batch_size=32, steps=400, warmup=0.2)),
         ("--epochs 3", dict(epochs=3, steps=0)),
         ("--compare none", dict(compare=())),
         ("--method icot", dict(lr=2e-3, removal_per_epoch=0.3)),
@@ -149,6 +152,7 @@ def test_a_file_is_the_training_split_but_for_its_last_problems(tmp_path):
     shutil.copy(tmp_path / "own.jsonl", tmp_path / "train.jsonl")  # a directory without valid
     chosen = options("--data", str(tmp_path), "--eval_size", "0")
     assert train.split_problems(chosen) == (problems, [])
+    assert train.split_problems(options("--seed", "3"))[0] == data.load("demo", "train", 3)
     words += ("10", "--steps", "1", "--device", "cpu", "--out", str(tmp_path / "run"), "--compare")
     train.main([*words])
     with pytest.raises(ValueError, match="--data is missing: .*own.jsonl is what the run was"):
@@ -218,7 +222,9 @@ def test_dropout_has_another_seed_in_every_step_and_micro_batch():
     run = prepared("--micro_batch_size", "4")
     indices = next(train.global_batches(run))
     seeds = [m.seed for step in range(1, 6) for m in train.micro_batches(run, step, indices)]
-    assert len(set(seeds)) == len(seeds) == 10
+    run.options.seed = 1
+    seeds += [m.seed for m in train.micro_batches(run, 1, indices)]
+    assert len(set(seeds)) == len(seeds) == 12
 
 
 def test_every_pass_begins_with_the_seed_of_its_micro_batch(tmp_path, monkeypatch):
@@ -256,11 +262,16 @@ def test_micro_batches_hold_the_examples_of_their_stage():
     run = prepared(*words, "--removal_smoothing", "0.3")
     ahead = [[n - step + 1 for n in removed(run, step)] for step in (1, 2, 3)]
     assert min(sum(ahead, [])) >= 0 and ahead[0] != ahead[1] != ahead[2]
+    before, run.options.seed = removed(run, 2), 1
+    assert removed(run, 2) != before
 
 
 def test_global_batches_go_on_where_a_run_stopped():
     run = prepared("--steps", "500")
     batches = [batch.tolist() for batch in train.global_batches(run)]
+    other = prepared("--seed", "1")
+    assert not torch.equal(other.model.embed_tokens, run.model.embed_tokens)
+    assert next(train.global_batches(other)).tolist() != batches[0]
     assert len(batches) == 500 and run.steps_per_epoch == 227
     assert train.prepare(options("--epochs", "3"), "meta").steps == 3 * 227
     assert sorted(sum(batches[:227], [])) != sorted(sum(batches[227:454], []))  # the rest differs
@@ -283,7 +294,7 @@ def test_steps_are_those_of_a_plain_loop(tmp_path):
     matrices = [p for p in named.values() if p.dim() == 2]
     groups = [dict(params=matrices, weight_decay=0.3)]
     groups += [dict(params=[p for p in named.values() if p.dim() < 2], weight_decay=0.0)]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.9), eps=1e-8)
+    optimizer, rates = torch.optim.AdamW(groups, betas=(0.9, 0.9), eps=1e-8), []
     for step, indices in enumerate(list(train.global_batches(run))):
         examples = ([run.examples[name][i] for i in indices] for name in ("cot", "st"))
         cot, st = (data.collate(some, 1) for some in examples)
@@ -293,11 +304,19 @@ def test_steps_are_those_of_a_plain_loop(tmp_path):
         torch.nn.utils.clip_grad_norm_(named.values(), 0.5)
         for group in optimizer.param_groups:
             group["lr"] = train.learning_rate(run.options, step, 4)
+        rates.append(group["lr"])
         optimizer.step()
         optimizer.zero_grad()
         assert log(out)[step]["distill"] == pytest.approx(distill.item(), rel=1e-5)
     for name, tensor in weights(out).items():
         torch.testing.assert_close(tensor, named[name], rtol=1e-4, atol=1e-5)
+    assert [line["lr"] for line in log(out)] == rates
+    free, far = (
+        main(tmp_path / clip, "--steps", "1", "--eval_size", "0", "--grad_clip", clip)
+        for clip in ("0", "1e9")
+    )
+    assert all(torch.equal(weights(free)[name], w) for name, w in weights(far).items())
+    assert log(free)[0]["grad_norm"] == log(far)[0]["grad_norm"] > 0.5
 
 
 def test_micro_batches_change_no_loss(tmp_path):
@@ -411,6 +430,10 @@ def test_options_that_a_method_does_not_read_may_differ(tmp_path):
         main(out, *words)
     with pytest.raises(ValueError, match="of another run: lr 0.003"):
         main(out, *words, "--lr", "0.1")
+    names = "schedule warmup weight_decay beta2 grad_clip batch_size steps eval_every eval_size"
+    fingerprint = prepared().fingerprint
+    assert {*names.split(), "seed", "dtype"} <= fingerprint.keys()
+    assert prepared("--eval_size", "5").fingerprint["data"] != fingerprint["data"]
 
 
 # ----------------------------------------------------------------------- comparisons and suites
@@ -623,6 +646,10 @@ def test_tables_hold_means_over_seeds_and_the_papers_figures(tmp_path, monkeypat
         assert row["exact"] == pytest.approx(exact[f"{pathway} test"] + 0.05)
         assert row["train"] == pytest.approx(exact[f"{pathway} train"] + 0.05)
         assert (row["n"], row["seconds"], row["ms"]) == (1800, 0.5, (0, pathway))
+    seen, one = [], options("--seed", "5", "--out", str(tmp_path))
+    monkeypatch.setattr(data, "load", lambda *where, **_: seen.append(where) or [])
+    train.write_json(tmp_path / "test.json", {train.problems_digest([]): 1})
+    assert train.measured(one, ["svamp"], "cpu") == {"svamp": 1} and seen == [("svamp", "test", 5)]
     with pytest.raises(ValueError, match="--data gsm8k-aug: has changed"):
         train.make_tables(chosen, {"DART": runs, "No-CoT": runs[::-1]}, "cpu")
 
