@@ -651,7 +651,7 @@ class SentencePiece(Tokenizer):
             raise ValueError("tokenizer.json has another vocabulary")
         legacy = raw.get("normalizer") or config.get("legacy")  # blanks behind added words, too
         if legacy and not all(token["special"] for token in tokens):
-            raise ValueError("added words are read as by a tokenizer with `legacy` false alone")
+            raise ValueError("added words beside `normalizer` or `legacy` are not supported")
         names = {token["id"]: token["content"] for token in tokens}
         bos, eos = (names.get(i) for i in (model.bos_id(), model.eos_id()))
         super().__init__(files, {*range(size), *names}, tokens, bos, eos)

@@ -908,6 +908,22 @@ def main(argv=None):
         run_command(read_options(argv), held)
 
 
+def check_comparison(options, runs):
+    """Can all runs of a comparison or suite be trained, and their test problems be answered?
+    ValueError or OSError."""
+    if data.is_single_file(options.data) and not options.test_data:
+        raise ValueError(f"--test_data is missing: {options.data} is what is trained on")
+    names = options.test_data or (options.data,)
+    tests = {name: data.load(name, "test", options.seed, options.data_dir) for name in names}
+    for run in runs if not options.dry_run else ():
+        method = checked_run(run, "meta").method
+        for name, problems in tests.items():
+            try:
+                evaluation.check_room(method, 0, problems, run.max_new_tokens)
+            except ValueError as error:
+                raise ValueError(f"{name}, test: {error}") from None
+
+
 def run_command(options, held):
     """Checks all runs of a command before the first one trains, trains them and compares them; held
     keeps their locks."""
@@ -915,17 +931,7 @@ def run_command(options, held):
     (rank, _), rows = rank_and_world(), plan(options)
     runs = [run for seeds in rows.values() for run in seeds]
     if len(runs) > 1:
-        if data.is_single_file(options.data) and not options.test_data:
-            raise ValueError(f"--test_data is missing: {options.data} is what is trained on")
-        names = options.test_data or (options.data,)
-        tests = {name: data.load(name, "test", options.seed, options.data_dir) for name in names}
-        for run in runs if not options.dry_run else ():
-            method = checked_run(run, "meta").method
-            for name, problems in tests.items():
-                try:
-                    evaluation.check_room(method, 0, problems, run.max_new_tokens)
-                except ValueError as error:
-                    raise ValueError(f"{name}, test: {error}") from None
+        check_comparison(options, runs)
     elif options.test_data and not IS_CHILD:
         raise ValueError("--test_data goes with --compare and --suite alone")
     check_directory(runs[-1])
@@ -934,9 +940,9 @@ def run_command(options, held):
         for out in {options.out, *(run.out for run in runs)}:
             held.callback(os.close, lock(Path(out)))
     if options.overwrite and len(runs) > 1:  # now, or a later --resume would meet old runs
-        for out in [Path(run.out) for run in runs] * writes:
-            for name in (*RUN_FILES, "config.json"):  # a run until the last one is gone
-                (out / name).unlink(missing_ok=True)
+        for run in runs if writes else ():
+            for name in (*RUN_FILES, "config.json"):  # it is a run until the last one is gone
+                (Path(run.out) / name).unlink(missing_ok=True)
         if dist.is_initialized():
             dist.barrier()
 

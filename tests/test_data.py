@@ -666,8 +666,8 @@ BESIDE = [  # a SentencePiece model
     ({"tokenizer_config.json": {"add_prefix_space": False}}, "this add_prefix_space is not"),
     ({"tokenizer_config.json": {"bos_token": {"content": "</s>"}}}, "bos_token '</s>'"),
     ({"tokenizer.json": {"model": {"vocab": {"<unk>": 0, "<s>": 2}}}}, "another vocabulary"),
-    ({"tokenizer.json": WORD | {"normalizer": {"type": "Prepend"}}}, "`legacy` false alone"),
-    ({"tokenizer.json": WORD, "tokenizer_config.json": {"legacy": True}}, "`legacy` false alone"),
+    ({"tokenizer.json": WORD | {"normalizer": {"type": "Prepend"}}}, "added words beside"),
+    ({"tokenizer.json": WORD, "tokenizer_config.json": {"legacy": True}}, "added words beside"),
 ]
 
 
