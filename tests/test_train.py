@@ -205,11 +205,12 @@ def test_every_process_takes_its_share_of_the_same_batch(monkeypatch):
     run, parts = prepared(*words), []
     indices = next(train.global_batches(run))
     whole = train.micro_batches(run, 3, indices)
-    tokens = run.progress.tokens
+    tokens, flops = run.progress.tokens, run.progress.flops["icot"]
     for rank in range(2):
         run.rank, run.world = rank, 2
         parts += train.micro_batches(run, 3, indices)
     assert len(whole) == len(parts) == 4 and run.progress.tokens == 3 * tokens
+    assert run.progress.flops["icot"] == pytest.approx(3 * flops)
     monkeypatch.setattr(train, "rank_and_world", lambda: (0, 3))
     with pytest.raises(ValueError, match="--batch_size 8: .*, 3 processes"):
         prepared()
@@ -222,8 +223,12 @@ def test_dropout_has_another_seed_in_every_step_and_micro_batch():
     run = prepared("--micro_batch_size", "4")
     indices = next(train.global_batches(run))
     seeds = [m.seed for step in range(1, 6) for m in train.micro_batches(run, step, indices)]
-    run.options.seed = 1
-    seeds += [m.seed for m in train.micro_batches(run, 1, indices)]
+    run.options.seed, run.progress.flops = 1, {}
+    micros = train.micro_batches(run, 1, indices)
+    seeds += [m.seed for m in micros]
+    counts = [(m.batches["st"].lengths, len(m.batches["st"].weights)) for m in micros]
+    flops = sum(run.model.training_flops(*count, silent=True) for count in counts)
+    assert run.progress.flops["st"] == flops
     assert len(set(seeds)) == len(seeds) == 12
 
 
