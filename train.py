@@ -359,9 +359,7 @@ def claim_directory(run):
     about = {"options": dataclasses.asdict(options), "run": run.fingerprint}
     about |= {"model_config": dataclasses.asdict(run.model.config)}
     about |= {"versions": versions, "commit": commit, "processes": run.world}
-    with data.replacing(out / "config.json") as temporary:
-        temporary.write_text(json.dumps(about, indent=1) + "\n")
-        (out / "result.json").unlink(missing_ok=True)  # else --resume would take the run for ended
+    write_json(out / "config.json", about)
     for name in RUN_FILES:
         (out / name).unlink(missing_ok=True)
     run.method.tokenizer.save(out)
